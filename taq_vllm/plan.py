@@ -1,0 +1,280 @@
+"""The plan: how many bits each weight matrix of a model gets for one task, and what that costs.
+
+A plan is a file (`plan.json`) that a person can read, edit and diff. It is written by the allocators, read by
+the quantizer and the vLLM plugin, and travels inside the checkpoint (`taq_plan.json`). Sizes are arithmetic on
+shapes: nothing is ever quantized to learn how large it would be.
+
+Two sizes matter and differ. *Disk*: what compressed-tensors' pack-quantized format stores: integer codes, one
+16-bit scale per group of 128 input features, packed zero points where asymmetric. *Resident*: what the server
+holds: one nibble plane (4 bits) or two (8 bits), each with a 16-bit scale and a 16-bit zero per group.
+
+Source: arXiv 2511.06516, eq. 2 (budgeted precision assignment). This module needs neither torch nor vLLM.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+BITS_MENU = (4, 8, 16)
+GROUP_SIZE = 128
+PLAN_FILE = "taq_plan.json"
+
+_BYTES_PER_PARAMETER = 2  # bf16 and fp16: scales, zero points at run time, and everything left in 16 bits
+_WEIGHT_SHAPE_BYTES = 16  # compressed-tensors stores `weight_shape` as int64 [2]
+
+Shape = tuple[int, int]
+
+
+def weight_bytes(bits: int, shape: Shape, symmetric: bool, group_size: int = GROUP_SIZE) -> int:
+    """Bytes of one matrix in the checkpoint.
+
+    Args:
+        bits: 4, 8 or 16.
+        shape: (N out-features, K in-features); K must be a multiple of `group_size` below 16 bits.
+        symmetric: no zero points are stored.
+        group_size: input features that share a scale.
+
+    Returns:
+        Codes, scales [N, K / group_size] in 16 bits, packed zero points, and the stored shape, in bytes.
+    """
+    rows, columns = shape
+    if bits == 16:
+        return rows * columns * _BYTES_PER_PARAMETER
+    groups = columns // group_size
+    codes_per_word = 32 // bits
+    code_bytes = rows * -(-columns // codes_per_word) * 4
+    scale_bytes = rows * groups * _BYTES_PER_PARAMETER
+    zero_bytes = 0 if symmetric else -(-rows // codes_per_word) * groups * 4
+    return code_bytes + scale_bytes + zero_bytes + _WEIGHT_SHAPE_BYTES
+
+
+def resident_bytes(bits: int, shape: Shape, group_size: int = GROUP_SIZE) -> int:
+    """Bytes of one matrix in the server's memory: nibble planes with a scale and a zero per group and plane."""
+    rows, columns = shape
+    if bits == 16:
+        return rows * columns * _BYTES_PER_PARAMETER
+    planes = bits // 4
+    per_plane = rows * columns // 2 + rows * (columns // group_size) * 2 * _BYTES_PER_PARAMETER
+    return planes * per_plane
+
+
+class _Record(BaseModel):
+    """What all parts of a plan share: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelRef(_Record):
+    """The model that a plan was made for."""
+
+    id: str
+    revision: str | None = None
+    fingerprint: str
+    """sha256 over the names, shapes and dtypes of all tensors (the safetensors headers)."""
+
+
+class TaskRef(_Record):
+    """The task whose examples the scores come from."""
+
+    name: str
+    data_sha256: str
+    examples: int
+
+
+class ScorerRef(_Record):
+    """How the scores were made."""
+
+    name: str
+    settings: dict[str, Any] = {}
+
+
+class Allocation(_Record):
+    """How scores and budget became bits."""
+
+    name: str
+    granularity: Literal["layer"] = "layer"
+    settings: dict[str, Any] = {}
+
+
+class Budget(_Record):
+    """What was asked for and what was reached."""
+
+    asked: str
+    average_bits: float
+    """Bits per planned weight, scales and zero points counted (`weight_bytes`)."""
+    planned_bytes: int
+    """Bytes on disk of the planned matrices."""
+    disk_bytes: int
+    """Bytes on disk of all tensors, what is left in 16 bits included (file headers are not)."""
+    resident_bytes: int
+    """Bytes of all weights in the server's memory."""
+
+
+class MatrixPlan(_Record):
+    """What one weight matrix gets, and why."""
+
+    bits: int
+    symmetric: bool
+    shape: Shape
+    """(N out-features, K in-features)."""
+    why: Literal["score", "pinned", "edge", "baseline"]
+    score: float | None = None
+    rank: int | None = None
+    """0 is the layer that needs precision most."""
+
+    @field_validator("bits")
+    @classmethod
+    def _bits_in_menu(cls, bits: int) -> int:
+        if bits not in BITS_MENU:
+            raise ValueError(f"got {bits} bits, allowed are {', '.join(map(str, BITS_MENU))}")
+        return bits
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> "MatrixPlan":
+        rows, columns = self.shape
+        if rows < 1 or columns < 1:
+            raise ValueError(f"got shape {self.shape}, both sides must be positive")
+        if self.bits < 16 and columns % GROUP_SIZE:
+            raise ValueError(
+                f"got {self.bits} bits for in-features {columns}, which {GROUP_SIZE} does not divide; "
+                "such a matrix must stay at 16 bits"
+            )
+        return self
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes in the checkpoint."""
+        return weight_bytes(self.bits, self.shape, self.symmetric)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes in the server's memory."""
+        return resident_bytes(self.bits, self.shape)
+
+
+class Plan(_Record):
+    """Bits for every planned weight matrix of one model, for one task."""
+
+    version: Literal[1] = 1
+    base_model: ModelRef
+    task: TaskRef | None = None
+    scorer: ScorerRef | None = None
+    allocation: Allocation
+    budget: Budget
+    group_size: Literal[128] = GROUP_SIZE
+    matrices: dict[str, MatrixPlan]
+    """By Hugging Face module name, without `.weight`."""
+
+    @field_validator("matrices")
+    @classmethod
+    def _not_empty(cls, matrices: dict[str, MatrixPlan]) -> dict[str, MatrixPlan]:
+        if not matrices:
+            raise ValueError("got no matrices; a plan names every weight matrix that it decides on")
+        return matrices
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "Plan":
+        """Parse a plan; `where` names the source in errors.
+
+        Raises:
+            ValueError: not JSON, an unknown or missing field, or a value that is not allowed.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            lines = [
+                f"  {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg'].removeprefix('Value error, ')}"
+                for item in error.errors()[:5]
+            ]
+            more = len(error.errors()) - len(lines)
+            if more > 0:
+                lines.append(f"  and {more} more")
+            raise ValueError(
+                f"{where} is not a valid plan:\n"
+                + "\n".join(lines)
+                + "\nMake one with `taq plan`, or mend the field."
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read `plan.json`.
+
+        Raises:
+            ValueError: the file is missing or not a valid plan.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"no plan at {path}: make one with `taq plan`")
+        return cls.from_json(path.read_text(encoding="utf-8"), where=str(path))
+
+    def to_json(self) -> str:
+        """Indented JSON, one matrix per line so that plans diff line by line."""
+        record = self.model_dump(mode="json")
+        matrices = record.pop("matrices")
+        head = json.dumps(record, indent=2)[:-2]
+        lines = [f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in matrices.items()]
+        return head + ',\n  "matrices": {\n' + ",\n".join(lines) + "\n  }\n}\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan; the file appears whole or not at all."""
+        write_atomically(Path(path), self.to_json())
+
+    def sha256(self) -> str:
+        """Hash of the content, independent of spacing and key order."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def counts(self) -> dict[int, int]:
+        """How many matrices have each bitwidth."""
+        return {bits: sum(m.bits == bits for m in self.matrices.values()) for bits in BITS_MENU}
+
+    def check_fits(self, model: ModelRef, shapes: Mapping[str, Shape], where: str = "the plan") -> None:
+        """Check that this plan is for this model and names exactly its matrices.
+
+        Args:
+            model: the model at hand.
+            shapes: every matrix of the model that can be planned, by name, with its (N, K).
+            where: what to call the plan in errors.
+
+        Raises:
+            ValueError: another model, a matrix that does not exist, one that is missing, or another shape.
+        """
+        unknown = [name for name in self.matrices if name not in shapes]
+        missing = [name for name in shapes if name not in self.matrices]
+        changed = [
+            f"{name} is {shapes[name]} in the model and {m.shape} in the plan"
+            for name, m in self.matrices.items()
+            if name in shapes and tuple(shapes[name]) != m.shape
+        ]
+        next_step = f"Make a plan for {model.id} with `taq score` and `taq plan`."
+        if unknown:
+            raise ValueError(f"{where} names {_some(unknown)}, which {model.id} does not have. {next_step}")
+        if missing:
+            raise ValueError(f"{where} does not name {_some(missing)} of {model.id}. {next_step}")
+        if changed:
+            raise ValueError(f"{where} was made for other shapes: {_some(changed)}. {next_step}")
+        if self.base_model.fingerprint != model.fingerprint:
+            raise ValueError(
+                f"{where} was made for {self.base_model.id} (fingerprint {self.base_model.fingerprint[:12]}), "
+                f"but {model.id} has fingerprint {model.fingerprint[:12]}. {next_step}"
+            )
+
+
+def _some(names: list[str], shown: int = 3) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file under a temporary name and rename it, so that readers never see half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
