@@ -122,7 +122,8 @@ class MatrixPlan(_Record):
     symmetric: bool
     shape: Shape
     """(N out-features, K in-features)."""
-    why: Literal["score", "pinned", "edge", "baseline"]
+    why: Literal["score", "pinned", "edge", "baseline", "shape"]
+    """`shape`: the in-features do not divide into groups of 128, so the matrix stays at 16 bits."""
     score: float | None = None
     rank: int | None = None
     """0 is the layer that needs precision most."""
@@ -195,9 +196,7 @@ class Plan(_Record):
             if more > 0:
                 lines.append(f"  and {more} more")
             raise ValueError(
-                f"{where} is not a valid plan:\n"
-                + "\n".join(lines)
-                + "\nMake one with `taq plan`, or mend the field."
+                f"{where} is not a valid plan:\n" + "\n".join(lines) + "\nMake one with `taq plan`, or mend the field."
             ) from error
 
     @classmethod

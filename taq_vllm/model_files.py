@@ -1,0 +1,227 @@
+"""What lies in a model's folder, read from headers alone: tensors, shapes, the matrices that can be planned.
+
+Every step starts here: sizes, names and fingerprints come from `config.json` and the headers of the safetensors
+files, without torch and without loading a weight. A file that is missing or cut short is found here, before
+anything runs. Single tensors are read on demand, memory-mapped.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from taq_vllm.plan import ModelRef, Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_FINGERPRINT_SAMPLE = 256  # bytes of each tensor: tells a fine-tuned model from its base, which headers cannot
+_BYTES_PER_PARAMETER = 2
+
+
+def layer_of(matrix: str) -> int:
+    """The index of the transformer block that a matrix belongs to."""
+    match = _LAYER.match(matrix)
+    assert match, f"{matrix} is not inside a transformer block"
+    return int(match.group(1))
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """First byte of the data in the file."""
+    end: int
+
+
+class ModelFiles:
+    """A model folder with `config.json` and safetensors files.
+
+    Attributes:
+        path: the folder.
+        id: the name that the user gave (a folder or a hub id).
+        config: the content of config.json.
+        tensors: every tensor by name.
+    """
+
+    def __init__(self, model: str | Path, revision: str | None = None) -> None:
+        """Read the headers of a local folder, or of a hub model, which is downloaded first.
+
+        Raises:
+            ValueError: no such model, no config.json, or a safetensors file that is missing or damaged.
+        """
+        self.id = str(model)
+        self.revision = revision
+        self.path = _local_folder(str(model), revision)
+        config_file = self.path / "config.json"
+        if not config_file.is_file():
+            raise ValueError(f"no config.json in {self.path}: give the folder of a Hugging Face model")
+        try:
+            self.config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{config_file} is not JSON ({error}); restore it from the model's source") from error
+        self.tensors: Mapping[str, TensorInfo] = _read_headers(self.path)
+
+    def check_plannable(self) -> None:
+        """Refuse what this project cannot plan, by name.
+
+        Raises:
+            ValueError: an architecture outside `ARCHITECTURES`, or a checkpoint that is already quantized.
+        """
+        architectures = self.config.get("architectures") or ["(none named)"]
+        if architectures[0] not in ARCHITECTURES:
+            raise ValueError(
+                f"{self.id} is a {architectures[0]}; supported are {', '.join(ARCHITECTURES)}. "
+                "Other architectures can be served by vLLM without a plan."
+            )
+        if "quantization_config" in self.config:
+            method = self.config["quantization_config"].get("quant_method", "an unnamed method")
+            raise ValueError(
+                f"{self.id} is already quantized ({method}); scores and plans are made from the 16-bit model"
+            )
+        if not self.matrices:
+            raise ValueError(f"{self.id} has no weight matrices inside transformer blocks ({self.path})")
+
+    @cached_property
+    def matrices(self) -> dict[str, Shape]:
+        """(N, K) of every weight matrix inside a transformer block, in layer order, by name."""
+        names = [
+            name.removesuffix(".weight")
+            for name, info in self.tensors.items()
+            if _LAYER.match(name) and name.endswith(".weight") and len(info.shape) == 2
+        ]
+        order = {name: place for place, name in enumerate(names)}
+        names.sort(key=lambda name: (layer_of(name), order[name]))
+        return {name: self.tensors[f"{name}.weight"].shape for name in names}
+
+    @property
+    def layers(self) -> int:
+        """Number of transformer blocks."""
+        return 1 + max(layer_of(name) for name in self.matrices)
+
+    @cached_property
+    def other_bytes(self) -> int:
+        """Bytes of everything that is not planned, in 16 bits: embeddings, norms, biases, the head."""
+        planned = {f"{name}.weight" for name in self.matrices}
+        parameters = 0
+        for name, info in self.tensors.items():
+            if name not in planned:
+                count = 1
+                for side in info.shape:
+                    count *= side
+                parameters += count
+        return parameters * _BYTES_PER_PARAMETER
+
+    @cached_property
+    def ref(self) -> ModelRef:
+        """Identity of the model: its tensors' names, shapes, dtypes and the first bytes of each."""
+        digest = hashlib.sha256()
+        by_file: dict[Path, list[str]] = {}
+        for name, info in self.tensors.items():
+            by_file.setdefault(info.file, []).append(name)
+        samples: dict[str, bytes] = {}
+        for file, names in by_file.items():
+            with file.open("rb") as stream:
+                for name in names:
+                    info = self.tensors[name]
+                    stream.seek(info.start)
+                    samples[name] = stream.read(min(_FINGERPRINT_SAMPLE, info.end - info.start))
+        for name in sorted(self.tensors):
+            info = self.tensors[name]
+            digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+            digest.update(samples[name])
+        return ModelRef(id=self.id, revision=self.revision, fingerprint=digest.hexdigest())
+
+    def read(self, name: str) -> "Tensor":
+        """One tensor, on the CPU, in the dtype it is stored in.
+
+        Raises:
+            ValueError: the model has no such tensor.
+        """
+        from safetensors import safe_open
+
+        if name not in self.tensors:
+            raise ValueError(f"{self.path} has no tensor {name}; restore the checkpoint from its source")
+        with safe_open(self.tensors[name].file, framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def _local_folder(model: str, revision: str | None) -> Path:
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+            )
+        )
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"no model at {model}: it is not a folder, and it could not be had from the hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+
+
+def _read_headers(folder: Path) -> dict[str, TensorInfo]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    tensors: dict[str, TensorInfo] = {}
+    for name in names:
+        tensors.update(_read_header(folder / name))
+    return tensors
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    """Parse one safetensors header: 8 bytes of length, JSON, then the data."""
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: restore it from the model's source, or write the checkpoint again")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{file} is cut short inside its header ({size} bytes): restore it from its source")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ValueError(f"{file} has a damaged header ({error}): restore it from its source") from error
+    header.pop("__metadata__", None)
+    tensors = {
+        name: TensorInfo(
+            file=file,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            start=8 + length + entry["data_offsets"][0],
+            end=8 + length + entry["data_offsets"][1],
+        )
+        for name, entry in header.items()
+    }
+    expected = max((info.end for info in tensors.values()), default=8 + length)
+    if size != expected:
+        raise ValueError(f"{file} has {size} bytes, its header says {expected}: restore it from its source")
+    return tensors
