@@ -1,0 +1,55 @@
+# The two commands of a fresh machine are `make demo` and `make test`; both build .venv first if it is missing.
+# Needed: Python 3.11 (with venv and pip), make and a C++ compiler. Variables that can be given on the command line:
+#   PYTHON   the interpreter that .venv is made with (default: python3.11, else python3)
+#   VARIANT  cpu or cuda, the lock to install (default: cuda if nvidia-smi finds a GPU)
+#   ARGS     further arguments for pytest or the demo
+
+PYTHON  ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
+VARIANT ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU ' && echo cuda || echo cpu)
+ARGS    ?=
+VARIANT := $(VARIANT)
+PY      := .venv/bin/python
+
+# No model or data set is ever fetched, and nothing is reported to anyone.
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+# GiB of KV cache per CPU engine. vLLM's own default takes a share of the whole machine.
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+
+LOCK   := requirements/$(VARIANT)-py311.lock
+ALIAS  := $(if $(filter cpu,$(VARIANT)),--alias requirements/vllm-alias)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean peers-llmcompressor
+
+help:
+	@echo "make demo                 specialise and serve the lab model; results in demo/"
+	@echo "make test                 run the tests (ARGS='-k plan' to choose)"
+	@echo "make lint                 ruff: lint and format check"
+	@echo "make setup                only build .venv ($(VARIANT) lock); the others do it by themselves"
+	@echo "make peers-llmcompressor  build .venv-llmcompressor, for the checkpoints that another tool writes"
+	@echo "make clean                delete the environments, caches and demo/"
+
+setup:
+	@test -f $(LOCK) || { echo "VARIANT=$(VARIANT) has no lock $(LOCK); give cpu or cuda" >&2; exit 2; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is not there: install Python 3.11 or give its path" >&2; exit 2; }
+	@"$(PYTHON)" requirements/setup_venv.py .venv $(LOCK) $(ALIAS) --project .
+
+demo: setup
+	$(PY) -m benchmarks.demo --out demo $(ARGS)
+
+test: setup
+	$(PY) -m pytest -q -ra --durations=15 $(ARGS)
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+peers-llmcompressor:
+	@"$(PYTHON)" requirements/setup_venv.py .venv-llmcompressor benchmarks/peers/llmcompressor-py311.lock
+
+clean:
+	rm -rf .venv .venv-llmcompressor demo build dist *.egg-info requirements/vllm-alias/build requirements/vllm-alias/*.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
