@@ -111,7 +111,7 @@ class ModelFiles:
         names.sort(key=lambda name: (layer_of(name), order[name]))
         return {name: self.tensors[f"{name}.weight"].shape for name in names}
 
-    @property
+    @cached_property
     def layers(self) -> int:
         """Number of transformer blocks."""
         return 1 + max(layer_of(name) for name in self.matrices)

@@ -1,0 +1,241 @@
+"""TAQ (TAQ-IS): information and stability of a layer's hidden states on the task's prompts.
+
+For block l with output hidden states X_l over all calibration tokens (arXiv 2511.06516, eq. 3-5):
+- information H_l: entropy of the normalised eigenvalues of the Gram matrix of a centred reservoir of r tokens;
+- stability S_l = -Var_l, the variance of the hidden states over tokens, per channel and then averaged;
+- relevance R_l = alpha z(H_l) + beta z(S_l), z-scores taken across layers.
+One forward pass, no labels. Hidden states are taken before the final norm.
+
+Standard errors are the infinitesimal jackknife over examples: every example's first-order influence on H, Var and,
+through the z-scores, on R. It is the limit of the bootstrap over examples at the cost of one eigendecomposition.
+
+What the paper leaves open is a setting here: moments per channel or pooled, the sign of the stability term (variance
+grows along the residual stream, so -Var favours early layers by construction), and variance relative to the block's
+input instead of absolute.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from taq_vllm.progress import track
+from taq_vllm.scores import LayerScore
+from taq_vllm.stream import Batch, StreamedModel, TokenSequence, make_batches
+
+WITH_COMPLETION = False
+
+
+class Settings(BaseModel):
+    """The paper's defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    alpha: float = Field(0.5, ge=0)
+    beta: float = Field(0.5, ge=0)
+    reservoir: int = Field(256, ge=2)
+    max_examples: int = Field(256, ge=2)
+    max_tokens: int = Field(512, ge=1)
+    batch_size: int = Field(8, ge=1)
+    moments: Literal["channel", "pooled"] = "channel"
+    stability_sign: Literal[-1, 1] = -1
+    """-1 is the paper's S = -Var; +1 gives layers of high variance more precision."""
+    variance: Literal["absolute", "relative"] = "absolute"
+    """`relative` divides by the variance of the block's input, which takes out its growth with depth."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _weights_sum_to_one(self) -> "Settings":
+        if abs(self.alpha + self.beta - 1) > 1e-9:
+            raise ValueError(f"got alpha {self.alpha} and beta {self.beta}; they must sum to 1")
+        return self
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A number per layer with every example's first-order influence on it."""
+
+    value: Tensor
+    """[] or [layers] float64"""
+    influence: Tensor
+    """[examples] or [examples, layers] float64; sums to about 0 over examples"""
+
+    @property
+    def stderr(self) -> Tensor:
+        """Infinitesimal-jackknife standard error over examples."""
+        examples = self.influence.shape[0]
+        return (self.influence.square().sum(0) * examples / max(examples - 1, 1)).sqrt()
+
+
+class Reservoir:
+    """A uniform sample of tokens from a stream (Vitter's algorithm R), with the example that each came from."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._size = size
+        self._seen = 0
+        self._rows: Tensor | None = None
+        self._examples = torch.empty(size, dtype=torch.long)
+
+    def update(self, tokens: Tensor, examples: Tensor) -> None:
+        """Offer token vectors [n, d] and their examples [n], in order."""
+        if self._rows is None:
+            self._rows = torch.empty(self._size, tokens.shape[1], dtype=tokens.dtype)
+        place = torch.arange(self._seen, self._seen + len(tokens))
+        draw = (torch.rand(len(tokens), generator=self._generator, dtype=torch.float64) * (place + 1)).long()
+        slot = torch.where(place < self._size, place, draw)
+        for source in (slot < self._size).nonzero()[:, 0].tolist():  # in order: a later token evicts an earlier one
+            self._rows[slot[source]] = tokens[source]
+            self._examples[slot[source]] = examples[source]
+        self._seen += len(tokens)
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """Token vectors [min(size, seen), d] and their examples."""
+        count = min(self._size, self._seen)
+        return self._rows[:count], self._examples[:count]
+
+
+class Moments:
+    """First and second moments over tokens, kept per example in float64."""
+
+    def __init__(self, examples: int) -> None:
+        self._count = torch.zeros(examples, dtype=torch.float64)
+        self._sum: Tensor | None = None
+        self._square = torch.zeros(examples, dtype=torch.float64)
+
+    def update(self, tokens: Tensor, examples: Tensor) -> None:
+        """Add token vectors [n, d] of the given examples [n]."""
+        tokens = tokens.double()
+        if self._sum is None:
+            self._sum = torch.zeros(len(self._count), tokens.shape[1], dtype=torch.float64)
+        self._count.index_add_(0, examples, torch.ones(len(tokens), dtype=torch.float64))
+        self._sum.index_add_(0, examples, tokens)
+        self._square.index_add_(0, examples, tokens.square().mean(1))
+
+    def variance(self, moments: Literal["channel", "pooled"]) -> Statistic:
+        """Var = S2 / n - (S1 / n)^2 (eq. 4), per channel and averaged, or over all channels together."""
+        total = self._count.sum()
+        mean = self._sum.sum(0) / total
+        if moments == "pooled":
+            mean = mean.mean().expand_as(mean)
+        around_mean = self._square - 2 * (self._sum @ mean) / len(mean) + self._count * mean.square().mean()
+        value = around_mean.sum() / total
+        return Statistic(value, (around_mean - self._count * value) / total)
+
+
+def matrix_entropy(tokens: Tensor, examples: Tensor, example_count: int) -> Statistic:
+    """Entropy of the spectrum of the centred tokens' Gram matrix (eq. 3), natural log.
+
+    Args:
+        tokens: [r, d], the reservoir.
+        examples: [r] int64, where each token came from.
+        example_count: number of calibration examples.
+    """
+    centred = tokens.double() - tokens.double().mean(0)
+    rows = len(centred)
+    eigenvalues, vectors = torch.linalg.eigh(centred @ centred.T / rows)
+    eigenvalues = eigenvalues.clamp(min=0)
+    trace = eigenvalues.sum()
+    influence = torch.zeros(example_count, dtype=torch.float64)
+    if trace <= 0:  # all tokens alike: no information
+        return Statistic(torch.zeros((), dtype=torch.float64), influence)
+    shares = eigenvalues / trace
+    logs = torch.where(shares > 0, shares, torch.ones_like(shares)).log()
+    entropy = -(shares * logs).sum()
+    # Giving token i more weight moves eigenvalue k by lambda_k (r U_ik^2 - 1), and the shares by that over the trace
+    # less their part of the trace's own change.
+    moved = shares * (rows * vectors.square() - 1)
+    moved = moved - moved.sum(1, keepdim=True) * shares
+    influence.index_add_(0, examples, -(moved * logs).sum(1) / rows)
+    return Statistic(entropy, influence)
+
+
+def z_score(statistic: Statistic) -> Statistic:
+    """Standardise across layers; a constant statistic becomes zeros.
+
+    Args:
+        statistic: value [layers], influence [examples, layers].
+    """
+    centred = statistic.value - statistic.value.mean()
+    spread = centred.square().mean().sqrt()
+    if spread <= 1e-12 * statistic.value.abs().max():
+        return Statistic(torch.zeros_like(centred), torch.zeros_like(statistic.influence))
+    scores = centred / spread
+    shift = statistic.influence.mean(1, keepdim=True)
+    stretch = (statistic.influence * scores).mean(1, keepdim=True)
+    return Statistic(scores, (statistic.influence - shift - scores * stretch) / spread)
+
+
+def score_layers(
+    model: StreamedModel, sequences: Sequence[TokenSequence], settings: Settings, journal: Path
+) -> list[LayerScore]:
+    """Score every layer from its hidden states.
+
+    Args:
+        model: the full-precision model.
+        sequences: tokenized prompts; the first `max_examples` are used.
+        settings: see `Settings`.
+        journal: not used: a pass has nothing to resume that is cheaper than a new pass.
+    """
+    sequences = sequences[: settings.max_examples]
+    batches = make_batches(sequences, settings.batch_size, settings.max_tokens)
+    hidden = model.embed(batches)
+    entropies = []
+    variances = [_statistics(batches, hidden, len(sequences), settings)[1]]
+    for layer in track(range(model.layers), "taq: information and stability", model.layers):
+        with model.block(layer) as block:
+            for i, states in enumerate(hidden):
+                hidden[i] = model.run(layer, block, states)
+        entropy, variance = _statistics(batches, hidden, len(sequences), settings)
+        entropies.append(entropy)
+        variances.append(variance)
+    information = _stack(entropies)
+    spread = _stack(variances[1:])
+    if settings.variance == "relative":
+        before = _stack(variances[:-1])
+        ratio = spread.value / before.value
+        spread = Statistic(ratio, (spread.influence - ratio * before.influence) / before.value)
+    stability = Statistic(settings.stability_sign * spread.value, settings.stability_sign * spread.influence)
+    z_information, z_stability = z_score(information), z_score(stability)
+    relevance = Statistic(
+        settings.alpha * z_information.value + settings.beta * z_stability.value,
+        settings.alpha * z_information.influence + settings.beta * z_stability.influence,
+    )
+    columns = {
+        "information": information,
+        "stability": stability,
+        "z_information": z_information,
+        "z_stability": z_stability,
+    }
+    return [
+        LayerScore(
+            layer=layer,
+            score=relevance.value[layer].item(),
+            stderr=relevance.stderr[layer].item(),
+            details={name: column.value[layer].item() for name, column in columns.items()}
+            | {f"{name}_stderr": column.stderr[layer].item() for name, column in columns.items()},
+        )
+        for layer in range(model.layers)
+    ]
+
+
+def _statistics(
+    batches: Sequence[Batch], hidden: Sequence[Tensor], examples: int, settings: Settings
+) -> tuple[Statistic, Statistic]:
+    """Entropy and variance of the hidden states [B, T, d] of all batches, padding left out."""
+    reservoir, moments = Reservoir(settings.reservoir, settings.seed), Moments(examples)
+    for batch, states in zip(batches, hidden, strict=True):
+        is_token = batch.is_token
+        tokens = states[is_token.to(states.device)].float().cpu()
+        owners = batch.examples[:, None].expand_as(is_token)[is_token]
+        reservoir.update(tokens, owners)
+        moments.update(tokens, owners)
+    return matrix_entropy(*reservoir.sample(), examples), moments.variance(settings.moments)
+
+
+def _stack(statistics: Sequence[Statistic]) -> Statistic:
+    return Statistic(torch.stack([s.value for s in statistics]), torch.stack([s.influence for s in statistics], dim=1))

@@ -1,0 +1,172 @@
+"""TAQO (TAQ-O): the oracle. What the task loses when one layer alone is quantized.
+
+Delta_l = metric(full precision) - metric(layer l alone at low bits), on labelled calibration examples
+(arXiv 2511.06516, eq. 7). The metric is exact match by teacher forcing: greedy decoding gives exactly the gold
+completion if and only if every gold token, the end included, is the most likely one given its gold prefix, so one
+forward pass replaces a generation. The answer's negative log-likelihood comes from the same pass and orders layers
+whose drops are equal. Differences are paired over examples, which is where their standard errors come from.
+
+Quantizing layer l changes nothing before it, so the hidden states entering l are kept and only blocks l..N run. Each
+layer is journalled when done; the same command resumes.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from taq_vllm.plan import GROUP_SIZE, write_atomically
+from taq_vllm.progress import steps
+from taq_vllm.quantizer import quantize
+from taq_vllm.scores import LayerScore
+from taq_vllm.stream import Batch, StreamedModel, TokenSequence, make_batches, matrices_of
+
+WITH_COMPLETION = True
+
+_LOGIT_ROWS = 2048  # predicted tokens per chunk: 2048 x 128k logits in float32 are 1 GB
+_DISTINGUISHABLE = 1.96  # standard errors; two-sided 95%
+
+
+class Settings(BaseModel):
+    """How each layer is perturbed and measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: int = 4
+    symmetric: bool = False
+    gamma: float = Field(0.01, ge=0)
+    """Layers whose exact match drops by at least this much are critical (eq. 7)."""
+    max_examples: int = Field(256, ge=2)
+    batch_size: int = Field(32, ge=1)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model makes of the gold completions.
+
+    Attributes:
+        exact: [examples] float64, 1 where every token of the completion is the most likely one.
+        nll: [examples] float64, mean negative log-likelihood per completion token, nats.
+    """
+
+    exact: Tensor
+    nll: Tensor
+
+
+def score_layers(
+    model: StreamedModel, sequences: Sequence[TokenSequence], settings: Settings, journal: Path
+) -> list[LayerScore]:
+    """Score every layer by the drop that it alone causes.
+
+    Args:
+        model: the full-precision model.
+        sequences: tokenized prompts with completions; the first `max_examples` are used.
+        settings: see `Settings`.
+        journal: JSON lines, one finished layer each; layers found in it are not run again.
+    """
+    sequences = sequences[: settings.max_examples]
+    batches = make_batches(sequences, settings.batch_size)
+    done = _read_journal(journal)
+    waiting = [layer for layer in range(model.layers) if layer not in done]
+    runs = len(batches) * (model.layers + sum(model.layers - layer for layer in waiting))
+    hidden = model.embed(batches)
+    with steps("taqo: one layer at a time", runs) as progress:
+        for layer in range(model.layers):
+            with model.block(layer) as block:
+                after = [model.run(layer, block, states) for states in hidden]
+                progress.advance(len(batches))
+                if layer in waiting:
+                    for matrix in matrices_of(block).values():
+                        if matrix.in_features % GROUP_SIZE == 0:
+                            weight = quantize(matrix.weight, settings.bits, settings.symmetric).dequantize()
+                            matrix.weight = torch.nn.Parameter(weight, requires_grad=False)
+                    perturbed = [model.run(layer, block, states) for states in hidden]
+                    progress.advance(len(batches))
+            if layer in waiting:
+                for later in range(layer + 1, model.layers):
+                    with model.block(later) as block:
+                        perturbed = [model.run(later, block, states) for states in perturbed]
+                    progress.advance(len(batches))
+                done[layer] = read_answers(model, batches, perturbed, len(sequences))
+                _append(journal, layer, done[layer])
+            hidden = after
+    full = read_answers(model, batches, hidden, len(sequences))
+    return [_layer_score(layer, full, done[layer], settings.gamma) for layer in range(model.layers)]
+
+
+def read_answers(model: StreamedModel, batches: Sequence[Batch], hidden: Sequence[Tensor], examples: int) -> Answers:
+    """Exact match and NLL of the completions from the last block's hidden states.
+
+    Args:
+        model: gives the final norm and the head.
+        batches: the calibration batches.
+        hidden: the last block's output, [B, T, d] per batch.
+        examples: number of calibration examples.
+    """
+    wrong = torch.zeros(examples, dtype=torch.float64)
+    nll = torch.zeros(examples, dtype=torch.float64)
+    tokens = torch.zeros(examples, dtype=torch.float64)
+    with model.head() as head:
+        for batch, states in zip(batches, hidden, strict=True):
+            predicted = batch.is_predicted
+            targets = batch.input_ids.roll(-1, dims=1)[predicted]
+            owners = batch.examples[:, None].expand_as(predicted)[predicted]
+            selected = states[predicted.to(states.device)]
+            for rows, target, owner in zip(
+                selected.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), owners.split(_LOGIT_ROWS), strict=True
+            ):
+                logits = head.logits(rows).cpu()
+                wrong.index_add_(0, owner, (logits.argmax(-1) != target).double())
+                loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+                nll.index_add_(0, owner, loss.double())
+                tokens.index_add_(0, owner, torch.ones(len(target), dtype=torch.float64))
+    return Answers(exact=(wrong == 0).double(), nll=nll / tokens)
+
+
+def _layer_score(layer: int, full: Answers, perturbed: Answers, gamma: float) -> LayerScore:
+    drop, drop_stderr = _mean_and_stderr(full.exact - perturbed.exact)
+    increase, increase_stderr = _mean_and_stderr(perturbed.nll - full.nll)
+    return LayerScore(
+        layer=layer,
+        score=drop,
+        stderr=drop_stderr,
+        tiebreak=increase,
+        details={
+            "critical": drop >= gamma,
+            "drop_from_zero": abs(drop) > _DISTINGUISHABLE * drop_stderr,
+            "nll_increase": increase,
+            "nll_increase_stderr": increase_stderr,
+            "nll_from_zero": abs(increase) > _DISTINGUISHABLE * increase_stderr,
+            "full_exact_match": full.exact.mean().item(),
+        },
+    )
+
+
+def _mean_and_stderr(differences: Tensor) -> tuple[float, float]:
+    return differences.mean().item(), (differences.std(unbiased=True) / len(differences) ** 0.5).item()
+
+
+def _read_journal(journal: Path) -> dict[int, Answers]:
+    if not journal.is_file():
+        return {}
+    done = {}
+    whole = []
+    for line in journal.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            write_atomically(journal, "".join(whole))  # cut off by a killed run: its layer is run again
+            break
+        whole.append(line)
+        entry = json.loads(line)
+        done[entry["layer"]] = Answers(
+            exact=torch.tensor(entry["exact"], dtype=torch.float64), nll=torch.tensor(entry["nll"], dtype=torch.float64)
+        )
+    return done
+
+
+def _append(journal: Path, layer: int, answers: Answers) -> None:
+    with journal.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"layer": layer, "exact": answers.exact.tolist(), "nll": answers.nll.tolist()}) + "\n")
