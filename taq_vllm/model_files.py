@@ -193,12 +193,16 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
         names = ["model.safetensors"]
     tensors: dict[str, TensorInfo] = {}
     for name in names:
-        tensors.update(_read_header(folder / name))
+        tensors.update(read_header(folder / name))
     return tensors
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """Parse one safetensors header: 8 bytes of length, JSON, then the data."""
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file: 8 bytes of header length, JSON, then the data.
+
+    Raises:
+        ValueError: the file is missing, cut short, or has a damaged header.
+    """
     if not file.is_file():
         raise ValueError(f"{file} is missing: restore it from the model's source, or write the checkpoint again")
     size = file.stat().st_size
