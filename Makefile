@@ -4,9 +4,10 @@
 #   VARIANT  cpu or cuda, the lock to install (default: cuda if nvidia-smi finds a GPU)
 #   ARGS     further arguments for pytest or the demo
 
-PYTHON  ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
+PYTHON  ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && command -v $$p && break; done)
 VARIANT ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU ' && echo cuda || echo cpu)
 ARGS    ?=
+PYTHON  := $(PYTHON)
 VARIANT := $(VARIANT)
 PY      := .venv/bin/python
 
@@ -33,7 +34,7 @@ help:
 
 setup:
 	@test -f $(LOCK) || { echo "VARIANT=$(VARIANT) has no lock $(LOCK); give cpu or cuda" >&2; exit 2; }
-	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is not there: install Python 3.11 or give its path" >&2; exit 2; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "no Python at PYTHON='$(PYTHON)': install Python 3.11 or give its path" >&2; exit 2; }
 	@"$(PYTHON)" requirements/setup_venv.py .venv $(LOCK) $(ALIAS) --project .
 
 demo: setup

@@ -25,6 +25,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from typing import TextIO
 
 LOCKED_PYTHON = (3, 11)
 OWNER_FILE = "made-by-setup_venv"  # written first: what holds it may be deleted and built again
@@ -159,7 +160,9 @@ def _run(command: list[str], venv: Path, what: str, total: int = 0) -> None:
     start, seen = time.monotonic(), 0
     tail: collections.deque[str] = collections.deque(maxlen=15)
     with (venv / LOG_FILE).open("a") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, close_fds=False
+        )
         for line in process.stdout:
             log.write(line)
             if not line.startswith("WARNING: Location"):
@@ -175,6 +178,19 @@ def _run(command: list[str], venv: Path, what: str, total: int = 0) -> None:
             )
     if total and sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
+
+
+def _wait_for(guard: TextIO) -> None:
+    """Lets one set-up at a time through: two would delete each other's half-built environment.
+
+    The lock is inherited, so that a pip whose parent was killed holds it for as long as it writes.
+    """
+    os.set_inheritable(guard.fileno(), True)
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _say("waiting for another set-up to end")
+        fcntl.flock(guard, fcntl.LOCK_EX)
 
 
 def _sha256(path: Path) -> str:
@@ -196,13 +212,15 @@ def main() -> int:
     start = time.monotonic()
     try:
         check_machine()
-        # Two makes at once would delete each other's half-built environment: the second one waits.
         with options.lock.open("r+") as guard:  # flock needs a writable file on NFS
-            fcntl.flock(guard, fcntl.LOCK_EX)
+            _wait_for(guard)
             changed = build(options.venv, options.lock, options.alias, options.project)
     except (SetupError, OSError) as error:
         print(f"setup: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nsetup: interrupted; the same command starts again", file=sys.stderr)
+        return 130
     if changed:
         for warning in compiler_warnings():
             _say(f"warning: {warning}")
