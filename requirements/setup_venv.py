@@ -4,7 +4,7 @@
 
 VENV is made with `venv`, filled with `pip install --no-deps -r LOCK`, then with the alias distribution and the
 editable project if they are named. A stamp inside VENV, written last, says what it was built from; a run that finds
-its own stamp does nothing. A changed lock, alias or Python, a moved folder or an interrupted set-up leads to a new
+its own stamp does nothing. A changed lock or alias, a moved folder, a base Python that is gone or an interrupted set-up leads to a new
 environment, a changed pyproject.toml to a new installation of the project alone.
 
 A VENV that this script did not begin is never deleted. pip's own settings (index, proxy, cache) apply untouched.
@@ -79,7 +79,6 @@ def built_from(venv: Path, lock: Path, alias: Path | None) -> dict[str, str]:
     """What an environment depends on: another value of any of these means another environment."""
     return {
         "path": str(venv.resolve()),  # scripts in bin/ hold absolute paths, so a moved folder is another one
-        "python": f"{platform.python_version()} {INTERPRETER}",
         "lock": _sha256(lock),
         "alias": _sha256(alias / "pyproject.toml") if alias else "",
     }
