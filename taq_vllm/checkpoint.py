@@ -242,7 +242,7 @@ def verify(path: Path) -> Verified:
             raise ValueError(f"{file} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}. {again}")
         if (found := _sha256(file)) != entry["sha256"]:
             raise ValueError(
-                f"{file} has sha256 {found[:12]}, not {entry['sha256'][:12]} as the manifest says: its content changed. {again}"
+                f"{file} changed: its sha256 is {found[:12]}, the manifest says {entry['sha256'][:12]}. {again}"
             )
     stray = [f.name for f in path.glob("*.safetensors") if f.name not in manifest["files"]]
     if stray:

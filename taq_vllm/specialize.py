@@ -1,0 +1,59 @@
+"""The whole way with one call: score, plan, quantize, verify. Each step finds its finished work and goes on there."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from taq_vllm.allocate import Request, allocate, baseline_scores
+from taq_vllm.checkpoint import Calibration, Verified, quantize_model, verify
+from taq_vllm.model_files import ModelFiles
+from taq_vllm.plan import Plan
+from taq_vllm.scorers import score
+from taq_vllm.scores import Scores
+from taq_vllm.tasks import Task
+
+
+@dataclass(frozen=True)
+class Specialized:
+    """What `specialize` made, and which steps had work to do."""
+
+    scores: Scores
+    plan: Plan
+    verified: Verified
+    scored_now: bool
+    quantized_now: bool
+
+
+def specialize(
+    files: ModelFiles,
+    task: Task,
+    output: Path,
+    request: Request,
+    calibration: Calibration,
+    scorer: str = "taq",
+    scorer_settings: dict[str, Any] | None = None,
+    device: str = "cpu",
+) -> Specialized:
+    """Make a task's specialised checkpoint of a model.
+
+    Args:
+        files: the full-precision model.
+        task: whose examples decide what each layer gets.
+        output: the new checkpoint; scores and plan are kept in `OUTPUT.work` beside it.
+        request: budget, allocation, edges and pins.
+        calibration: how scales and ranges are found.
+        scorer: `taq` or `taqo`.
+        scorer_settings: overrides of the scorer's own settings.
+        device: where blocks run.
+
+    Raises:
+        ValueError: see `score`, `allocate`, `quantize_model` and `verify`.
+    """
+    work = output.with_name(f"{output.name}.work")
+    # A budget that cannot be met should not cost a scoring pass to find out: sizes do not depend on the scores.
+    allocate(files, baseline_scores(files, "edges"), request)
+    scores, scored_now = score(files, task, scorer, work / f"scores-{scorer}.json", scorer_settings, device)
+    plan = allocate(files, scores, request)
+    plan.save(work / "plan.json")
+    quantized_now = quantize_model(files, plan, output, calibration, task, device)
+    return Specialized(scores, plan, verify(output), scored_now, quantized_now)

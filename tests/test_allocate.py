@@ -1,0 +1,229 @@
+import itertools
+import json
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taq_vllm.allocate import Request, allocate, baseline_scores
+from taq_vllm.model_files import ModelFiles, layer_of
+from taq_vllm.plan import ModelRef, ScorerRef, weight_bytes
+from taq_vllm.scores import LayerScore, Scores
+
+LAYERS = 6
+
+
+def write_model(folder, layers=LAYERS, columns=256):
+    """A model folder of zeros: allocation reads headers only."""
+    tensors = {"model.embed_tokens.weight": [64, 256], "model.norm.weight": [256]}
+    for layer in range(layers):
+        tensors[f"model.layers.{layer}.input_layernorm.weight"] = [columns]
+        tensors[f"model.layers.{layer}.self_attn.q_proj.weight"] = [256, columns]
+        tensors[f"model.layers.{layer}.mlp.down_proj.weight"] = [256, 512]
+    header, offset = {}, 0
+    for name, shape in tensors.items():
+        size = 2
+        for side in shape:
+            size *= side
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(offset))
+    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}))
+    return ModelFiles(folder)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def scores_of(files, values):
+    return Scores(
+        model=files.ref,
+        task={"name": "t", "data_sha256": "0", "examples": 2},
+        scorer=ScorerRef(name="taq"),
+        layers=tuple(LayerScore(layer=i, score=v, stderr=0.1) for i, v in enumerate(values)),
+        seconds=0,
+        peak_memory_bytes=0,
+    )
+
+
+def bits_by_layer(plan):
+    return [plan.matrices[f"model.layers.{layer}.self_attn.q_proj"].bits for layer in range(LAYERS)]
+
+
+values = st.lists(st.floats(-3, 3), min_size=LAYERS, max_size=LAYERS)
+budgets = st.floats(4.2, 16.0)
+
+
+@given(values, budgets)
+@settings(max_examples=60, deadline=None)
+def test_monotone_never_exceeds_its_budget_and_never_inverts_the_ranking(files, scores, budget):
+    plan = allocate(files, scores_of(files, scores), Request(f"{budget}bits"))
+    assert plan.budget.average_bits <= budget
+    in_rank_order = [bits_by_layer(plan)[layer] for layer in scores_of(files, scores).ranking]
+    assert in_rank_order == sorted(in_rank_order, reverse=True)
+
+
+@given(values, budgets)
+@settings(max_examples=25, deadline=None)
+def test_monotone_equals_brute_force(files, scores, budget):
+    made = scores_of(files, scores)
+    plan = allocate(files, made, Request(f"{budget}bits"))
+    ranking = made.ranking
+
+    def worth(bits):
+        return sum((LAYERS - ranking.index(layer)) * (1 - 4.0 ** (4 - b)) for layer, b in enumerate(bits))
+
+    def average(bits):
+        total = sum(
+            weight_bytes(bits[layer_of(name)], shape, symmetric=bits[layer_of(name)] != 4)
+            for name, shape in files.matrices.items()
+        )
+        return 8 * total / sum(rows * columns for rows, columns in files.matrices.values())
+
+    feasible = [
+        bits
+        for bits in itertools.product((4, 8, 16), repeat=LAYERS)
+        if average(bits) <= budget and all(bits[a] >= bits[b] for a, b in itertools.pairwise(ranking))
+    ]
+    assert worth(bits_by_layer(plan)) == pytest.approx(max(map(worth, feasible)), abs=1e-12)
+
+
+@given(values, budgets, budgets)
+@settings(max_examples=25, deadline=None)
+def test_a_larger_budget_never_buys_less(files, scores, one, other):
+    small, large = sorted((one, other))
+    made = scores_of(files, scores)
+    worth = [
+        sum(
+            (LAYERS - made.ranking.index(layer)) * (1 - 4.0 ** (4 - b))
+            for layer, b in enumerate(bits_by_layer(allocate(files, made, Request(f"{budget}bits"))))
+        )
+        for budget in (small, large)
+    ]
+    assert worth[0] <= worth[1] + 1e-12
+
+
+def test_sixteen_bits_appear_only_when_every_layer_has_eight(files):
+    plan = allocate(files, scores_of(files, range(LAYERS)), Request("8.0bits"))
+    assert 16 not in bits_by_layer(plan)
+
+
+def test_a_budget_in_bytes_counts_everything_on_disk(files):
+    plan = allocate(files, scores_of(files, range(LAYERS)), Request("900kB"))
+    assert plan.budget.disk_bytes <= 900_000
+    assert plan.budget.disk_bytes == plan.budget.planned_bytes + files.other_bytes
+    assert plan.budget.planned_bytes == sum(m.disk_bytes for m in plan.matrices.values())
+
+
+def test_the_error_of_a_budget_too_small_names_one_that_works(files):
+    made = scores_of(files, range(LAYERS))
+    with pytest.raises(ValueError, match="below the smallest") as error:
+        allocate(files, made, Request("4.0bits"))
+    smallest = str(error.value).split(": ")[1].split()[0]
+    assert set(bits_by_layer(allocate(files, made, Request(smallest)))) == {4}
+    in_bytes = str(error.value).split(" or ")[1].split(".")[0]
+    assert set(bits_by_layer(allocate(files, made, Request(in_bytes)))) == {4}
+
+
+def test_a_budget_above_full_precision_is_refused(files):
+    with pytest.raises(ValueError, match="above the full-precision model"):
+        allocate(files, scores_of(files, range(LAYERS)), Request("16.5bits"))
+
+
+@pytest.mark.parametrize("budget", ["5", "5 bit", "bits", "-1bits", "4.2GiBs", "1e3MB"])
+def test_a_budget_without_a_known_unit_is_refused(files, budget):
+    with pytest.raises(ValueError, match=r"5\.0bits"):
+        allocate(files, scores_of(files, range(LAYERS)), Request(budget))
+
+
+def test_paper_shares_are_fifteen_and_forty_five_percent_of_the_layers_that_are_not_edges(tmp_path):
+    files = write_model(tmp_path, layers=32)
+    made = Scores(**(scores_of(files, range(32)).model_dump()))
+    plan = allocate(files, made, Request("10bits", allocation="paper", edges=2))
+    bits = [plan.matrices[f"model.layers.{layer}.mlp.down_proj"].bits for layer in range(32)]
+    assert bits[:2] == bits[-2:] == [16, 16]
+    assert sorted(bits[2:-2]) == [4] * 11 + [8] * 13 + [16] * 4
+    # 8.65 bits before scales: with them the shares of 4 and 8 bits cost 4.156 and 8.125
+    assert plan.budget.average_bits == pytest.approx((8 * 16 + 13 * 8.125 + 11 * 4.15625) / 32, abs=0.01)
+
+
+def test_paper_over_its_budget_is_an_error_not_a_larger_plan(files):
+    with pytest.raises(ValueError, match="below the smallest"):
+        allocate(files, scores_of(files, range(LAYERS)), Request("5bits", allocation="paper", edges=2))
+
+
+def test_uniform_takes_the_most_bits_that_fit(files):
+    assert set(bits_by_layer(allocate(files, None, Request("8.2bits", allocation="uniform")))) == {8}
+    assert set(bits_by_layer(allocate(files, None, Request("8.0bits", allocation="uniform")))) == {4}
+    assert {m.why for m in allocate(files, None, Request("8bits", allocation="uniform")).matrices.values()} == {
+        "baseline"
+    }
+
+
+def test_edges_and_pins_win_over_scores_and_pins_over_edges(files):
+    request = Request(
+        "9bits", edges=1, edge_bits=8, pins=("layers.0=16", "layers.5.mlp.down_proj=4", "re:.*4.*q_proj=16")
+    )
+    plan = allocate(files, scores_of(files, [0] * LAYERS), request)
+    matrices = plan.matrices
+    assert matrices["model.layers.0.self_attn.q_proj"].bits == 16
+    assert matrices["model.layers.0.self_attn.q_proj"].why == "pinned"
+    assert matrices["model.layers.5.self_attn.q_proj"].bits == 8
+    assert matrices["model.layers.5.self_attn.q_proj"].why == "edge"
+    assert matrices["model.layers.5.mlp.down_proj"].bits == 4
+    assert matrices["model.layers.4.self_attn.q_proj"].why == "pinned"
+
+
+@pytest.mark.parametrize("pin", ["layers.0=5", "layers.0", "=8", "layers.99=8", "re:(=8", "layers.0=eight"])
+def test_a_pin_that_is_malformed_or_matches_nothing_is_refused(files, pin):
+    with pytest.raises(ValueError, match="pin"):
+        allocate(files, scores_of(files, range(LAYERS)), Request("9bits", pins=(pin,)))
+
+
+def test_a_pin_on_layer_1_does_not_catch_layer_10(tmp_path):
+    files = write_model(tmp_path, layers=11)
+    plan = allocate(files, baseline_scores(files, "random"), Request("9bits", pins=("layers.1=16",)))
+    pinned = {layer_of(name) for name, m in plan.matrices.items() if m.why == "pinned"}
+    assert pinned == {1}
+
+
+def test_matrices_that_do_not_divide_into_groups_stay_at_16_bits_and_say_so(tmp_path):
+    files = write_model(tmp_path, columns=200)
+    plan = allocate(files, baseline_scores(files, "random"), Request("12bits"))
+    assert {m.bits for n, m in plan.matrices.items() if "q_proj" in n} == {16}
+    assert {m.why for n, m in plan.matrices.items() if "q_proj" in n} == {"shape"}
+    with pytest.raises(ValueError, match="200 in-features, which 128 does not divide"):
+        allocate(files, baseline_scores(files, "random"), Request("12bits", pins=("q_proj=4",)))
+
+
+def test_scores_of_another_model_are_refused(files):
+    made = scores_of(files, range(LAYERS)).model_copy(update={"model": ModelRef(id="other", fingerprint="0")})
+    with pytest.raises(ValueError, match="made for other"):
+        allocate(files, made, Request("5bits"))
+
+
+def test_random_depends_on_its_seed_alone_and_edges_starts_at_the_ends(files):
+    assert baseline_scores(files, "random", 1).ranking == baseline_scores(files, "random", 1).ranking
+    assert any(
+        baseline_scores(files, "random", 0).ranking != baseline_scores(files, "random", seed).ranking
+        for seed in range(1, 4)
+    )
+    assert baseline_scores(files, "edges").ranking == [0, 5, 1, 4, 2, 3]
+
+
+def test_ties_in_the_score_are_ordered_by_the_tiebreak():
+    layers = [LayerScore(layer=i, score=0.0, tiebreak=t) for i, t in enumerate([0.1, 0.3, 0.2])]
+    made = Scores(
+        model=ModelRef(id="m", fingerprint="0"),
+        task=None,
+        scorer=ScorerRef(name="taqo"),
+        layers=tuple(layers),
+        seconds=0,
+        peak_memory_bytes=0,
+    )
+    assert made.ranking == [1, 2, 0]
