@@ -4,8 +4,8 @@
 
 VENV is made with `venv`, filled with `pip install --no-deps -r LOCK`, then with the alias distribution and the
 editable project if they are named. A stamp inside VENV, written last, says what it was built from; a run that finds
-its own stamp does nothing. A changed lock or alias, a moved folder, a base Python that is gone or an interrupted set-up leads to a new
-environment, a changed pyproject.toml to a new installation of the project alone.
+its own stamp does nothing. A changed lock or alias, a moved folder, a base Python that is gone or an interrupted
+set-up leads to a new environment, a changed pyproject.toml to a new installation of the project alone.
 
 A VENV that this script did not begin is never deleted. pip's own settings (index, proxy, cache) apply untouched.
 """
