@@ -5,3 +5,14 @@ package and calling it must stay cheap, harmless in servers that serve something
 """
 
 __version__ = "0.1.0"
+
+
+def register() -> None:
+    """Make `--quantization taq` known to vLLM; does nothing if it is known already."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+
+    if "taq" in QUANTIZATION_METHODS:
+        return
+    from taq_vllm.plugin.config import TaqConfig
+
+    register_quantization_config("taq")(TaqConfig)
