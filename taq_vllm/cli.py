@@ -16,11 +16,11 @@ from rich.table import Table
 from taq_vllm import __version__
 from taq_vllm.allocate import ALLOCATIONS, BASELINES, Request, allocate, baseline_scores
 from taq_vllm.model_files import ModelFiles, layer_of
-from taq_vllm.plan import PLAN_FILE, Plan
+from taq_vllm.plan import Plan
 from taq_vllm.scores import Scores
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-_out = Console(soft_wrap=True)
+_out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
 Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or its hub id.")]
 TaskOption = Annotated[Path, typer.Option("--task", help="Task header (task.yaml), its folder, or a bare .jsonl.")]

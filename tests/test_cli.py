@@ -1,0 +1,103 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import make_tiny
+
+import taq_vllm.cli
+from taq_vllm.plan import Plan
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny("qwen3", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task")
+    rows = [{"id": str(i), "prompt": f"Question: {i}?\nAnswer:", "answers": [f"{i * 7}"]} for i in range(6)]
+    (folder / "calibration.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "task.yaml").write_text("name: tiny\nmetric: em\ncalibration: calibration.jsonl\n")
+    return folder
+
+
+@pytest.fixture
+def taq(monkeypatch, capsys):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["taq", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            taq_vllm.cli.main()
+        output = capsys.readouterr()
+        return ended.value.code or 0, output.out, output.err
+
+    return run
+
+
+def test_the_steps_one_by_one_end_in_a_verified_checkpoint(taq, model, task, tmp_path):
+    scores, plan, out = tmp_path / "s.json", tmp_path / "p.json", tmp_path / "out"
+    assert taq("score", model, "--task", task, "-o", scores)[0] == 0
+    assert taq("plan", model, "--scores", scores, "--budget", "6bits", "-o", plan)[0] == 0
+    assert taq("quantize", model, "--plan", plan, "--task", task, "-o", out)[0] == 0
+    code, text, _ = taq("verify", out)
+    assert code == 0
+    assert "is whole" in text
+
+
+def test_a_step_run_again_says_so_and_changes_nothing(taq, model, task, tmp_path):
+    out = tmp_path / "out"
+    first = json.loads(taq("specialize", model, "--task", task, "--budget", "6bits", "-o", out, "--json")[1])
+    stamps = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+    code, text, _ = taq("specialize", model, "--task", task, "--budget", "6bits", "-o", out, "--json")
+    again = json.loads(text)
+    assert code == 0
+    assert (first["scored"], first["quantized"]) == (True, True)
+    assert (again["scored"], again["quantized"]) == (False, False)
+    assert stamps == {file: file.stat().st_mtime_ns for file in out.iterdir()}
+
+
+def test_dry_runs_print_sizes_and_write_nothing(taq, model, tmp_path):
+    plan = tmp_path / "p.json"
+    code, text, _ = taq("plan", model, "--baseline", "edges", "--budget", "6bits", "-o", plan, "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(text)["average_bits"] <= 6
+    assert not plan.exists()
+    taq("plan", model, "--baseline", "edges", "--budget", "6bits", "-o", plan)
+    code, text, _ = taq("quantize", model, "--plan", plan, "-o", tmp_path / "out", "--dry-run", "--json")
+    assert json.loads(text)["disk_bytes"] == Plan.load(plan).budget.disk_bytes
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["plan", "MODEL", "--baseline", "edges", "--budget", "3bits"], 1, "below the smallest"),
+        (["plan", "MODEL", "--baseline", "edges", "--budget", "5"], 1, "write it as 5.0bits"),
+        (["plan", "MODEL", "--budget", "5bits"], 1, "needs scores"),
+        (["plan", "/nowhere", "--baseline", "edges", "--budget", "5bits"], 1, "no model at /nowhere"),
+        (["plan", "MODEL", "--scores", "/nowhere/s.json", "--budget", "5bits"], 1, "no scores at"),
+        (["plan", "MODEL"], 2, "--budget"),
+        (["plan", "MODEL", "--scores", "a", "--baseline", "edges", "--budget", "5bits"], 2, "not both"),
+        (["score", "MODEL", "--task", "/nowhere"], 1, "/nowhere"),
+        (["quantize", "MODEL", "--plan", "/nowhere.json", "-o", "OUT"], 1, "no plan at"),
+        (["verify", "MODEL"], 1, "manifest.json"),
+        (["frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_wrong_input_is_one_clear_message_and_the_right_exit_code(taq, model, tmp_path, arguments, code, said):
+    names = {"MODEL": model, "OUT": tmp_path / "out"}
+    got, _, error = taq(*(names.get(a, a) for a in arguments))
+    assert got == code
+    assert said in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_installed_command_answers():
+    command = Path(sys.executable).parent / "taq"
+    result = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "taq-vllm 0.1.0"
