@@ -12,9 +12,10 @@ from torch import Tensor
 
 from taq_kernels import packing
 
-# From this many tokens on, unpacking pays. Milliseconds per 4096 x 4096 product, one thread of a Xeon (AVX-512, no
-# bf16 instructions), int4 kernel / unpack and multiply:
-BLOCKWISE_FROM_TOKENS = {4: 48, 8: 24}
+# From this many tokens on, unpacking pays. Milliseconds per 4096 x 4096 product, one thread of a Xeon (AVX-512, no bf16
+# instructions), int4 kernel / unpack and multiply: 4 bits 22 / 37 at 48 tokens, 29 / 41 at 64, 59 / 57 at 128,
+# 244 / 166 at 512; 8 bits 30 / 44 at 32, 46 / 48 at 48, 60 / 51 at 64. (bf16 on the same: 73 at 64, 550 at 512.)
+BLOCKWISE_FROM_TOKENS = {4: 112, 8: 48}
 
 
 def linear(x: Tensor, planes: Tensor, scale_zeros: Tensor, bits: int, group_size: int) -> Tensor:

@@ -189,10 +189,11 @@ class TaqConfig(CompressedTensorsConfig):
         if isinstance(layer, LinearBase):
             specs = self._specs(layer, prefix)
             if specs is not None:
-                self._claimed.update(spec.name for spec in specs if spec.shape is not None)
-                self._open_layers += 1
-                method = TaqLinearMethod if any(spec.bits < 16 for spec in specs) else CheckedUnquantizedMethod
-                return method(self, specs)
+                quantized = any(spec.bits < 16 for spec in specs)
+                planned = [spec.name for spec in specs if spec.shape is not None]
+                self._claimed.update(planned)
+                self._open_layers += bool(quantized or planned)
+                return (TaqLinearMethod if quantized else CheckedUnquantizedMethod)(self, specs)
         elif isinstance(layer, ParallelLMHead) and prefix in self._planned:
             name, matrix = self._planned[prefix]
             if self.rounds_while_loading and matrix.bits < 16:

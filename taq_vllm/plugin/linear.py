@@ -486,12 +486,14 @@ class DenseRun(nn.Module):
 
 @register_weight_loader_v2_supported_method
 class CheckedUnquantizedMethod(UnquantizedLinearMethod):
-    """A layer that stays at 16 bits: vLLM's own method, and the same checks as for the others."""
+    """A layer that stays at 16 bits: vLLM's own method, with the same checks as for the others if it is planned."""
 
     def __init__(self, config: "TaqConfig", specs: list[MatrixSpec]) -> None:
         super().__init__()
         self.config = config
         self.specs = specs
+        self.is_planned = any(spec.shape is not None for spec in specs)
+        self.missing: set[str] = set()
 
     def create_weights(
         self,
@@ -508,10 +510,22 @@ class CheckedUnquantizedMethod(UnquantizedLinearMethod):
         Raises:
             ValueError: the plan does not suit this layer.
         """
+        if not self.is_planned:
+            super().create_weights(
+                layer,
+                input_size_per_partition,
+                output_partition_sizes,
+                input_size,
+                output_size,
+                params_dtype,
+                **extra_weight_attrs,
+            )
+            return
         self.matrices = matrices_of(layer, self.specs, output_partition_sizes, input_size, input_size_per_partition)
         vllm_config = get_current_vllm_config_or_none()
         is_dummy = vllm_config is not None and vllm_config.load_config.load_format == "dummy"
-        self.missing = set() if is_dummy else {spec.name for spec in self.specs}
+        if not is_dummy:
+            self.missing.update(spec.name for spec in self.specs)
         load = extra_weight_attrs.pop("weight_loader")
 
         def check_and_load(param: nn.Parameter, tensor: Tensor, *shard_id: Any) -> None:
@@ -541,19 +555,18 @@ class CheckedUnquantizedMethod(UnquantizedLinearMethod):
         Raises:
             ValueError: a planned matrix that no layer has, or one of this layer that the checkpoint does not have.
         """
-        if not hasattr(layer, "weight_packed"):
-            return
         self.config.check_all_claimed()
         if self.missing:
             raise ValueError(
                 f"{sorted(self.missing)[0]}: the checkpoint has no weight. It is incomplete: see `taq verify`, or "
                 "write it again with `taq quantize`."
             )
-        for kind in _PACKED_TENSORS:
-            delattr(layer, kind)
         device, resident_bytes = layer.weight.device, layer.weight.nbytes
         super().process_weights_after_loading(layer)
-        self.config.layer_loaded(self.specs, resident_bytes, device)
+        if hasattr(layer, "weight_packed"):
+            for kind in _PACKED_TENSORS:
+                delattr(layer, kind)
+            self.config.layer_loaded(self.specs, resident_bytes, device)
 
 
 def _register_routers(
