@@ -1,0 +1,310 @@
+"""Do served logits equal those of transformers? The same checkpoint, several ways to serve it, one yardstick.
+
+Transformers loads the checkpoint through compressed-tensors, without this project, in a process of its own. The plugin
+serves it eagerly, compiled, over two tensor-parallel ranks and by `vllm serve` over HTTP. The yardstick is stock vLLM
+serving the *same weights*, dequantized to bf16 into a plain checkpoint: what it differs from transformers is the noise
+of bf16 kernels adding in another order. Compared are the log-probabilities of every prompt token of 100 prompts, and
+greedy texts: where two differ, the gap between the two most likely tokens at that place must lie within the noise.
+
+    python -m benchmarks.parity --out benchmarks/results/parity-cpu.jsonl
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+LAB = Path(__file__).parent / "lab"
+TASKS = ("trivia", "math", "code")
+MAX_NEW_TOKENS = 48
+BUDGET = "7bits"
+MIXED_LAYER = ("layers.3.self_attn.q_proj=4", "layers.3.self_attn.k_proj=8", "layers.3.self_attn.v_proj=16")
+SERVER_START_S = 300
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plugin, eager": {"checkpoint": "taq", "engine": {"quantization": "taq", "enforce_eager": True}},
+    "plugin, compiled": {"checkpoint": "taq", "engine": {"quantization": "taq"}},
+    "plugin, tensor parallel 2": {
+        "checkpoint": "taq",
+        "engine": {"quantization": "taq", "enforce_eager": True, "tensor_parallel_size": 2},
+        "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+    },
+    "plugin, vllm serve over HTTP": {"checkpoint": "taq", "http": ["--quantization", "taq", "--enforce-eager"]},
+    "plugin, quantized while loading": {
+        "checkpoint": "online",
+        "engine": {"quantization": "taq", "enforce_eager": True},
+    },
+    "stock vLLM, dequantized weights": {
+        "checkpoint": "dequantized",
+        "engine": {"enforce_eager": True},
+        "env": {"VLLM_PLUGINS": ""},
+    },
+}
+
+
+def make_checkpoints(folder: Path) -> dict[str, Path]:
+    """The plain lab model's mixed checkpoint, the plain model with the plan beside it, and a dequantized copy."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from taq_vllm.allocate import Request, allocate, baseline_scores
+    from taq_vllm.checkpoint import Calibration, quantize_model
+    from taq_vllm.model_files import ModelFiles
+    from taq_vllm.plan import PLAN_FILE
+    from taq_vllm.quantizer import quantize
+
+    files = ModelFiles(LAB / "model")
+    plan = allocate(files, baseline_scores(files, "random"), Request(BUDGET, pins=MIXED_LAYER))
+    paths = {name: folder / name for name in ("taq", "online", "dequantized")}
+    if not paths["taq"].exists():
+        quantize_model(files, plan, paths["taq"], Calibration(method="rtn"))
+    for name in ("online", "dequantized"):
+        shutil.copytree(LAB / "model", paths[name], dirs_exist_ok=True)
+    plan.save(paths["online"] / PLAN_FILE)
+    tensors = load_file(LAB / "model" / "model.safetensors")
+    for name, entry in plan.matrices.items():
+        if entry.bits < 16:
+            key = f"{name}.weight"
+            tensors[key] = quantize(tensors[key], entry.bits, entry.symmetric).dequantize()
+    save_file(tensors, paths["dequantized"] / "model.safetensors", metadata={"format": "pt"})
+    return paths
+
+
+def make_prompts(count: int) -> list[list[int]]:
+    """Token ids of test questions with their answers, the three tasks in turn."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(LAB / "model")
+    items = [
+        [json.loads(line) for line in (LAB / "tasks" / task / "test.jsonl").read_text().splitlines()] for task in TASKS
+    ]
+    chosen = [items[i % 3][i // 3] for i in range(count)]
+    return [
+        {
+            "question": tokenizer(item["prompt"]).input_ids,
+            "whole": tokenizer(item["prompt"]).input_ids
+            + tokenizer(item["completion"], add_special_tokens=False).input_ids,
+        }
+        for item in chosen
+    ]
+
+
+def run_transformers(checkpoint: Path, prompts: list[dict[str, list[int]]]) -> list[dict[str, Any]]:
+    """Log-probabilities and greedy tokens by transformers alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    results = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt["whole"]])
+        with torch.inference_mode():
+            logprobs = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+            generated = model.generate(
+                torch.tensor([prompt["question"]]),
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=False,
+                output_scores=True,
+                return_dict_in_generate=True,
+            )
+        gaps = [s[0].float().topk(2).values.diff().abs().item() for s in generated.scores]
+        results.append(
+            {
+                "logprobs": logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist(),
+                "greedy": generated.sequences[0, len(prompt["question"]) :].tolist(),
+                "gaps": gaps,
+            }
+        )
+    assert not [m for m in sys.modules if m.startswith(("taq_", "vllm"))], "transformers must stand alone here"
+    return results
+
+
+def run_engine(checkpoint: Path, prompts: list[dict[str, list[int]]], engine: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same from vLLM's offline engine."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(str(checkpoint), max_model_len=512, seed=0, **engine)
+    scored = llm.generate(
+        [{"prompt_token_ids": p["whole"]} for p in prompts],
+        SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0),
+        use_tqdm=False,
+    )
+    generated = llm.generate(
+        [{"prompt_token_ids": p["question"]} for p in prompts],
+        SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS),
+        use_tqdm=False,
+    )
+    return [
+        {
+            "logprobs": [at[token].logprob for at, token in zip(s.prompt_logprobs[1:], p["whole"][1:], strict=True)],
+            "greedy": list(g.outputs[0].token_ids),
+        }
+        for p, s, g in zip(prompts, scored, generated, strict=True)
+    ]
+
+
+def run_http(checkpoint: Path, prompts: list[dict[str, list[int]]], arguments: list[str]) -> list[dict[str, Any]]:
+    """The same from `vllm serve`, asked with the openai client."""
+    from openai import OpenAI
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(checkpoint), *arguments]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512"]
+    server = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        deadline = time.monotonic() + SERVER_START_S
+        while True:
+            try:
+                client.models.list()
+                break
+            except Exception as error:  # refused until the server listens
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"vllm serve {checkpoint} did not start") from error
+                time.sleep(1)
+        results = []
+        for prompt in prompts:
+            extra = {"prompt_logprobs": 0, "return_token_ids": True}
+            scored = client.completions.create(
+                model=str(checkpoint), prompt=prompt["whole"], max_tokens=1, temperature=0, extra_body=extra
+            )
+            generated = client.completions.create(
+                model=str(checkpoint),
+                prompt=prompt["question"],
+                max_tokens=MAX_NEW_TOKENS,
+                temperature=0,
+                extra_body={"return_token_ids": True},
+            )
+            places = scored.choices[0].prompt_logprobs[1:]
+            results.append(
+                {
+                    "logprobs": [
+                        at[str(token)]["logprob"] for at, token in zip(places, prompt["whole"][1:], strict=True)
+                    ],
+                    "greedy": generated.choices[0].token_ids,
+                }
+            )
+        return results
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+
+
+def compare(found: list[dict[str, Any]], reference: list[dict[str, Any]], noise: float | None = None) -> dict[str, Any]:
+    """Distance of log-probabilities in nats, and greedy texts token by token up to the first difference.
+
+    Args:
+        found: one way's results.
+        reference: transformers' results, with the gap between its two most likely tokens at every place.
+        noise: the largest gap at which a differing token is put down to noise.
+    """
+    differences = [
+        abs(a - b)
+        for f, r in zip(found, reference, strict=True)
+        for a, b in zip(f["logprobs"], r["logprobs"], strict=True)
+    ]
+    flips = []
+    for one, other in zip(found, reference, strict=True):
+        for place, (a, b) in enumerate(zip(one["greedy"], other["greedy"], strict=False)):
+            if a != b:
+                flips.append(other["gaps"][place])
+                break
+    return {
+        "prompts": len(found),
+        "tokens": len(differences),
+        "mean_abs_logprob_difference": sum(differences) / len(differences),
+        "max_abs_logprob_difference": max(differences),
+        "texts_equal": len(found) - len(flips),
+        "flips_within_noise": None if noise is None else sum(gap <= noise for gap in flips),
+        "largest_gap_at_a_flip": max(flips, default=0.0),
+    }
+
+
+def _in_a_process(call: dict[str, Any], env: dict[str, str]) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+        request.write_text(json.dumps(call))
+        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"} | env
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.parity", "--worker", str(request), str(answer)],
+            check=True,
+            env=environment,
+        )
+        return json.loads(answer.read_text())
+
+
+def _work(request: Path, answer: Path) -> None:
+    call = json.loads(request.read_text())
+    checkpoint, prompts = Path(call["checkpoint"]), call["prompts"]
+    if "engine" in call:
+        result = run_engine(checkpoint, prompts, call["engine"])
+    elif "http" in call:
+        result = run_http(checkpoint, prompts, call["http"])
+    else:
+        result = run_transformers(checkpoint, prompts)
+    answer.write_text(json.dumps(result))
+
+
+def main() -> None:
+    """Run all ways, print the table, write one JSON line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/parity-cpu.jsonl"))
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--only", action="append", choices=list(WAYS), help="ways to run, besides the yardstick")
+    parser.add_argument("--worker", nargs=2, type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        _work(*arguments.worker)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from benchmarks.provenance import provenance
+
+    yardstick = "stock vLLM, dequantized weights"
+    with tempfile.TemporaryDirectory() as folder:
+        paths = make_checkpoints(Path(folder))
+        prompts = make_prompts(arguments.prompts)
+        reference = _in_a_process({"checkpoint": str(paths["taq"]), "prompts": prompts}, {})
+        ways = [yardstick] + [w for w in WAYS if w != yardstick and (not arguments.only or w in arguments.only)]
+        results = {}
+        for way in ways:
+            spec = WAYS[way]
+            call = {"checkpoint": str(paths[spec["checkpoint"]]), "prompts": prompts}
+            call |= {key: spec[key] for key in ("engine", "http") if key in spec}
+            results[way] = _in_a_process(call, spec.get("env", {}))
+    noise = compare(results[yardstick], reference)["max_abs_logprob_difference"]
+    lines = [{"way": way, **compare(found, reference, noise)} for way, found in results.items()]
+    for line in lines:
+        line["ratio_to_stock"] = line["mean_abs_logprob_difference"] / lines[0]["mean_abs_logprob_difference"]
+    table = Table(title="distance to transformers, lab model (plain), mixed plan")
+    for column in ("way", "mean |dlogp|", "x stock", "max", "texts equal", "other texts: within noise"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for line in lines:
+        other = line["prompts"] - line["texts_equal"]
+        table.add_row(
+            line["way"],
+            f"{line['mean_abs_logprob_difference']:.4f}",
+            f"{line['ratio_to_stock']:.2f}",
+            f"{line['max_abs_logprob_difference']:.3f}",
+            f"{line['texts_equal']}/{line['prompts']}",
+            f"{line['flips_within_noise']}/{other}",
+        )
+    Console(width=120).print(table)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    stamp = provenance()
+    arguments.out.write_text("".join(json.dumps({"benchmark": "parity", **line, **stamp}) + "\n" for line in lines))
+
+
+if __name__ == "__main__":
+    main()
