@@ -1,0 +1,184 @@
+"""Runs a model's Python code against unit tests, in a child process that cannot do much else.
+
+One process per candidate: own process group, empty environment, scratch folder that is deleted, limits on CPU time,
+wall-clock time, memory, file sizes and processes, no network; `sandbox_child.py` says how. A verdict counts only if it
+carries a secret that the child was given, so code that exits early, prints whatever, or is killed has failed.
+
+This holds off the accidents and common tricks of generated code. It is no security boundary against a program that
+was written to attack this very file: it shares an interpreter with its tests. Nothing runs unless it is allowed
+explicitly.
+"""
+
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_CHILD = Path(__file__).with_name("sandbox_child.py")
+# No site packages, no bytecode files, no user folder, no script folder on the path. Not -I, which would ignore
+# PYTHONHASHSEED: without it the order of sets, and with that some verdicts, would differ from run to run.
+_PYTHON = (sys.executable, "-S", "-B", "-s", "-P")
+_FENCE = re.compile(r"```[a-zA-Z0-9]*\s*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+_ANSWER_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one candidate may use."""
+
+    wall_s: float = 10.0
+    cpu_s: int = 5
+    memory_bytes: int = 512 * 2**20
+    """Address space, the interpreter's own included."""
+    file_bytes: int = 2**20
+    """Largest file in the scratch folder."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Code to judge and the tests that judge it."""
+
+    code: str
+    tests: tuple[str, ...]
+    test_setup: str = ""
+    """Runs between the code and the tests."""
+    entry_point: str | None = None
+    """Function that the code must define."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether all tests passed, and if not, what was the first to go wrong."""
+
+    passed: bool
+    detail: str
+
+
+def extract_code(output: str, prompt: str = "", entry_point: str | None = None) -> str:
+    """The program in a model's output: the first fenced block if there is one, else all of it, dedented.
+
+    Where the prompt itself begins the function (HumanEval) and the output only continues it, both together.
+    """
+    fenced = _FENCE.search(output)
+    code = fenced.group(1) if fenced else output
+    if entry_point is not None:
+        header = re.compile(rf"^[ \t]*(?:async )?def {re.escape(entry_point)}\b", re.MULTILINE)
+        if header.search(prompt) and not header.search(code):
+            return prompt + code
+    return textwrap.dedent(code.strip("\n"))
+
+
+def run_tests(candidate: Candidate, *, allow: bool = False, limits: Limits = Limits()) -> Outcome:
+    """Judge one candidate.
+
+    Args:
+        candidate: code and tests.
+        allow: permission to run code that a model wrote.
+        limits: of the child process.
+
+    Raises:
+        ValueError: `allow` is not given, or there are no tests.
+    """
+    return next(run_all([candidate], allow=allow, limits=limits, workers=1))
+
+
+def run_all(
+    candidates: Sequence[Candidate], *, allow: bool = False, limits: Limits = Limits(), workers: int | None = None
+) -> Iterator[Outcome]:
+    """Judge many candidates, a few at a time; outcomes come in order.
+
+    Args:
+        candidates: code and tests.
+        allow: permission to run code that a model wrote.
+        limits: of each child process.
+        workers: processes at a time; by default as many as there are CPUs to run on.
+
+    Raises:
+        ValueError: `allow` is not given, or a candidate has no tests.
+    """
+    require_permission(allow)
+    for number, candidate in enumerate(candidates):
+        if not candidate.tests:
+            raise ValueError(f"candidate {number} has no tests; without tests nothing can pass or fail")
+    return _run_all(candidates, limits, workers or len(os.sched_getaffinity(0)))
+
+
+def require_permission(allow: bool) -> None:
+    """Stop before code that a model wrote is run, unless that is allowed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not allow:
+        raise ValueError(
+            "this metric runs Python code that the model wrote, which is off by default: add --allow-code-execution "
+            "(in Python: allow_code_execution=True) on a machine where that is acceptable"
+        )
+
+
+def _run_all(candidates: Sequence[Candidate], limits: Limits, workers: int) -> Iterator[Outcome]:
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(lambda candidate: _run(candidate, limits), candidates)
+
+
+def _run(candidate: Candidate, limits: Limits) -> Outcome:
+    secret = secrets.token_hex(16)
+    job = {
+        "secret": secret,
+        "code": candidate.code,
+        "tests": candidate.tests,
+        "test_setup": candidate.test_setup,
+        "entry_point": candidate.entry_point,
+        "cpu_s": limits.cpu_s,
+        "memory_bytes": limits.memory_bytes,
+        "file_bytes": limits.file_bytes,
+    }
+    with (
+        tempfile.TemporaryDirectory(prefix="taq-sandbox-") as scratch,
+        tempfile.TemporaryFile() as job_file,
+        # A file, not a pipe: the limit on file sizes bounds what a candidate could write into it.
+        tempfile.TemporaryFile() as answer_file,
+    ):
+        job_file.write(json.dumps(job).encode())
+        job_file.seek(0)
+        process = subprocess.Popen(
+            [*_PYTHON, str(_CHILD)],
+            stdin=job_file,
+            stdout=answer_file,
+            stderr=subprocess.DEVNULL,
+            cwd=scratch,
+            env={"HOME": scratch, "TMPDIR": scratch, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
+            start_new_session=True,
+        )
+        timed_out = False
+        try:
+            process.wait(limits.wall_s)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        answer_file.seek(0)
+        answer = answer_file.read(_ANSWER_BYTES).decode(errors="replace")
+    if timed_out:
+        return Outcome(False, f"not finished after {limits.wall_s:g} s")
+    if answer == secret:
+        return Outcome(True, "passed")
+    return Outcome(False, answer.replace(secret, "") or _end(process.returncode))
+
+
+def _end(returncode: int) -> str:
+    if returncode < 0:
+        return f"killed by {signal.Signals(-returncode).name}"
+    return f"ended with exit code {returncode} before the tests were through"
