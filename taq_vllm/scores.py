@@ -23,6 +23,8 @@ class LayerScore(_Record):
     score: float
     stderr: float | None = None
     """Standard error over calibration examples; None where the scorer reads no examples."""
+    from_zero: bool = True
+    """False: the score cannot be told from zero, and is ranked as zero."""
     tiebreak: float = 0.0
     """Orders layers whose scores are equal; higher needs more precision."""
     details: dict[str, float | bool] = {}
@@ -42,8 +44,14 @@ class Scores(_Record):
 
     @property
     def ranking(self) -> list[int]:
-        """Layers, the one that needs precision most first; ties go to the tiebreak, then to the earlier layer."""
-        return [s.layer for s in sorted(self.layers, key=lambda s: (-s.score, -s.tiebreak, s.layer))]
+        """Layers, the one that needs precision most first.
+
+        Noise is not ranked: scores that cannot be told from zero are equal. Equal scores go by the tiebreak, then the
+        earlier layer comes first.
+        """
+        return [
+            s.layer for s in sorted(self.layers, key=lambda s: (-s.score if s.from_zero else 0.0, -s.tiebreak, s.layer))
+        ]
 
     def save(self, path: str | Path) -> None:
         """Write `scores.json`; the file appears whole or not at all."""

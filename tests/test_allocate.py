@@ -216,8 +216,9 @@ def test_random_depends_on_its_seed_alone_and_edges_starts_at_the_ends(files):
     assert baseline_scores(files, "edges").ranking == [0, 5, 1, 4, 2, 3]
 
 
-def test_ties_in_the_score_are_ordered_by_the_tiebreak():
+def test_ties_and_noise_are_ordered_by_the_tiebreak():
     layers = [LayerScore(layer=i, score=0.0, tiebreak=t) for i, t in enumerate([0.1, 0.3, 0.2])]
+    layers += [LayerScore(layer=3, score=0.9, from_zero=False), LayerScore(layer=4, score=0.1)]
     made = Scores(
         model=ModelRef(id="m", fingerprint="0"),
         task=None,
@@ -226,4 +227,4 @@ def test_ties_in_the_score_are_ordered_by_the_tiebreak():
         seconds=0,
         peak_memory_bytes=0,
     )
-    assert made.ranking == [1, 2, 0]
+    assert made.ranking == [4, 1, 2, 0, 3]

@@ -3,8 +3,9 @@
 Delta_l = metric(full precision) - metric(layer l alone at low bits), on labelled calibration examples
 (arXiv 2511.06516, eq. 7). The metric is exact match by teacher forcing: greedy decoding gives exactly the gold
 completion if and only if every gold token, the end included, is the most likely one given its gold prefix, so one
-forward pass replaces a generation. The answer's negative log-likelihood comes from the same pass and orders layers
-whose drops are equal. Differences are paired over examples, which is where their standard errors come from.
+forward pass replaces a generation. Differences are paired over examples, which is where their standard errors come
+from. Layers whose drop cannot be told from zero are not ranked by it but by the increase of the answer's negative
+log-likelihood, which comes from the same pass.
 
 Quantizing layer l changes nothing before it, so the hidden states entering l are kept and only blocks l..N run. Each
 layer is journalled when done; the same command resumes.
@@ -134,10 +135,10 @@ def _layer_score(layer: int, full: Answers, perturbed: Answers, gamma: float) ->
         layer=layer,
         score=drop,
         stderr=drop_stderr,
+        from_zero=abs(drop) > _DISTINGUISHABLE * drop_stderr,
         tiebreak=increase,
         details={
             "critical": drop >= gamma,
-            "drop_from_zero": abs(drop) > _DISTINGUISHABLE * drop_stderr,
             "nll_increase": increase,
             "nll_increase_stderr": increase_stderr,
             "nll_from_zero": abs(increase) > _DISTINGUISHABLE * increase_stderr,
