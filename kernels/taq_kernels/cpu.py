@@ -23,7 +23,7 @@ def linear(x: Tensor, planes: Tensor, scale_zeros: Tensor, bits: int, group_size
 
     Args:
         x: [M, K] fp32, bf16 or fp16, contiguous.
-        planes: [padded N, planes * K / 2] uint8, in this CPU's order (`packing.pack_planes`).
+        planes: [padded N, planes * K / 2] uint8, in order "blocks".
         scale_zeros: [planes * K / group_size, padded N, 2] in the dtype of x.
         bits: 4 or 8.
         group_size: 32, 64 or 128.
@@ -44,8 +44,8 @@ def _linear_blockwise(x: Tensor, planes: Tensor, scale_zeros: Tensor, bits: int,
     dtype = x.dtype if _multiplies_natively(x.dtype) else torch.float32
     out = x.new_empty(x.shape[0], planes.shape[0])
     x = x.to(dtype)
-    for start, stop in packing.block_bounds(planes.shape[0]):
-        weights = packing.dequantize_rows(planes, scale_zeros, bits, group_size, start, stop)
+    for start, stop in packing.bounds(planes.shape[0], "blocks"):
+        weights = packing.dequantize_rows(planes, scale_zeros, bits, group_size, "blocks", start, stop)
         out[:, start:stop] = x @ weights.to(dtype)
     return out
 

@@ -46,7 +46,7 @@ def linear(
 
     Args:
         x: [..., K] fp32, bf16 or fp16, any strides.
-        planes: per shard [padded N_i, planes_i * K / 2] uint8 (`packing.pack_planes`).
+        planes: per shard [padded N_i, planes_i * K / 2] uint8 in the order of x's device (`packing`).
         scale_zeros: per shard [planes_i * K / group_size, padded N_i, 2] in the dtype of x.
         bits: per shard 4 or 8.
         sizes: per shard N_i, its rows without padding.

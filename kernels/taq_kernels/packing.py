@@ -16,21 +16,25 @@ so that each plane has a scale and an additive zero per row and group: `scale_ze
 `second` holds what rounding `first` to 16 bits lost. Integer zero points can be had back from them exactly.
 
 Rows are padded to a multiple of 16. Planes are uint8 [N, planes * K / 2], two nibbles a byte, in one of two orders:
-- *rows* (any device): byte j of a row holds column 2j in its low and column 2j + 1 in its high nibble;
+- *rows* (GPUs): byte j of a row holds column 2j in its low and column 2j + 1 in its high nibble;
 - *blocks* (CPU): the order of torch's own int4 kernel, blocks of 64 rows (fewer where the CPU has narrower
   vectors) with all columns of a block before the next. It depends on the CPU and is probed, so it is never stored.
 """
 
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Order = Literal["rows", "blocks"]
 
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
 ROW_MULTIPLE = 16
 
 _MAX_BLOCK_ROWS = 64
+_SLAB_ROWS = 4096  # a slab of 4096 x 8192 weights takes 64 MB in 16 bits
 _CHUNK_ROWS = 1024  # bounds the int32 temporary of the CPU's packing to 4 bytes * 1024 rows
 
 
@@ -70,19 +74,25 @@ def padded_rows(rows: int) -> int:
     return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def pack_planes(codes: Tensor, bits: int) -> Tensor:
-    """Nibble planes of integer codes, in the order of the codes' device.
+def order_on(device: torch.device) -> Order:
+    """The order that the kernels of a device read."""
+    return "blocks" if device.type == "cpu" else "rows"
+
+
+def pack_planes(codes: Tensor, bits: int, order: Order) -> Tensor:
+    """Nibble planes of integer codes.
 
     Args:
-        codes: [N, K] uint8, 0 .. 2^bits - 1; K a multiple of 32.
+        codes: [N, K] uint8, 0 .. 2^bits - 1; K a multiple of 32. On the CPU for "blocks".
         bits: 4 or 8.
+        order: of the nibbles.
 
     Returns:
         [padded N, planes * K / 2] uint8.
     """
     codes = _pad_rows(codes)
     nibbles = codes if bits == 4 else torch.cat([codes >> 4, codes & 15], dim=1)
-    if codes.device.type != "cpu":
+    if order == "rows":
         return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
     return torch.cat(
         [
@@ -118,20 +128,21 @@ def pack_scale_zeros(scale: Tensor, zero_point: Tensor | None, bits: int, dtype:
     return packed.to(dtype).contiguous()
 
 
-def unpack_rows(planes: Tensor, bits: int, start: int, stop: int) -> Tensor:
+def unpack_rows(planes: Tensor, bits: int, order: Order, start: int, stop: int) -> Tensor:
     """Codes of some rows; the inverse of `pack_planes`.
 
     Args:
-        planes: [padded N, planes * K / 2] uint8, as `pack_planes` made them on this device.
+        planes: [padded N, planes * K / 2] uint8, from `pack_planes`.
         bits: 4 or 8.
-        start: first row; on a CPU the first of a block (`block_bounds`).
-        stop: one after the last row; on a CPU the end of the same block.
+        order: of the nibbles.
+        start: first row.
+        stop: one after the last row; for "blocks", start and stop are a block's (`bounds`).
 
     Returns:
         [K, stop - start] uint8: columns first, as a product with x wants them.
     """
     rows = planes[start:stop]
-    if planes.device.type != "cpu":
+    if order == "rows":
         nibbles = torch.stack([rows & 15, rows >> 4], dim=-1).flatten(1).t()
     else:
         order = _block_order(stop - start)
@@ -146,7 +157,9 @@ def unpack_rows(planes: Tensor, bits: int, start: int, stop: int) -> Tensor:
     return (high << 4) | low
 
 
-def dequantize_rows(planes: Tensor, scale_zeros: Tensor, bits: int, group_size: int, start: int, stop: int) -> Tensor:
+def dequantize_rows(
+    planes: Tensor, scale_zeros: Tensor, bits: int, group_size: int, order: Order, start: int, stop: int
+) -> Tensor:
     """Weights of some rows, rounded once to the dtype of `scale_zeros`, as (code - z) * s with the integer z.
 
     Args:
@@ -154,33 +167,29 @@ def dequantize_rows(planes: Tensor, scale_zeros: Tensor, bits: int, group_size: 
         scale_zeros: [planes * K / group_size, padded N, 2].
         bits: 4 or 8.
         group_size: 32, 64 or 128.
+        order: as for `unpack_rows`.
         start: as for `unpack_rows`.
         stop: as for `unpack_rows`.
 
     Returns:
         [K, stop - start] in the dtype of `scale_zeros`.
     """
-    codes = unpack_rows(planes, bits, start, stop)
+    codes = unpack_rows(planes, bits, order, start, stop)
     scale, zero_point = _scale_and_zero_point(scale_zeros[:, start:stop], bits)
     weights = codes.view(-1, group_size, stop - start).to(torch.float32)
     weights.sub_(zero_point[:, None]).mul_(scale[:, None])
     return weights.view(-1, stop - start).to(scale_zeros.dtype)
 
 
-def block_bounds(rows: int) -> list[tuple[int, int]]:
-    """First row and end of each block of a CPU's planes with this many (padded) rows."""
-    size = block_rows()
+def bounds(rows: int, order: Order) -> list[tuple[int, int]]:
+    """First row and end of each piece in which (padded) rows are best unpacked: blocks, or slabs of 4096 rows."""
+    size = block_rows() if order == "blocks" else _SLAB_ROWS
     return [(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def can_extend(planes: Tensor, rows: int) -> bool:
-    """Whether planes of more rows can simply follow these: nothing is padded and no block is cut short.
-
-    Args:
-        planes: [padded N, planes * K / 2] uint8.
-        rows: N without padding.
-    """
-    return rows % (block_rows() if planes.device.type == "cpu" else ROW_MULTIPLE) == 0
+def can_extend(rows: int, order: Order) -> bool:
+    """Whether planes of more rows can simply follow these: nothing is padded and no block is cut short."""
+    return rows % (block_rows() if order == "blocks" else ROW_MULTIPLE) == 0
 
 
 @cache

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from taq_kernels import packing
 
-_SLAB_ROWS = 4096  # a slab of 4096 x 8192 weights takes 64 MB in 16 bits
 
-
-def dequantize(planes: Tensor, scale_zeros: Tensor, bits: int, group_size: int) -> Tensor:
+def dequantize(planes: Tensor, scale_zeros: Tensor, bits: int, group_size: int, order: packing.Order) -> Tensor:
     """All weights of a packed matrix, rounded once to the dtype of `scale_zeros`.
 
     Args:
@@ -22,19 +20,21 @@ def dequantize(planes: Tensor, scale_zeros: Tensor, bits: int, group_size: int) 
         scale_zeros: [planes * K / group_size, padded N, 2].
         bits: 4 or 8.
         group_size: 32, 64 or 128.
+        order: of the nibbles.
 
     Returns:
         [padded N, K].
     """
-    rows = planes.shape[0]
-    bounds = packing.block_bounds(rows) if planes.device.type == "cpu" else _slabs(rows)
-    return torch.cat(
-        [packing.dequantize_rows(planes, scale_zeros, bits, group_size, start, stop) for start, stop in bounds],
-        dim=1,
-    ).t()
+    pieces = [
+        packing.dequantize_rows(planes, scale_zeros, bits, group_size, order, start, stop)
+        for start, stop in packing.bounds(planes.shape[0], order)
+    ]
+    return torch.cat(pieces, dim=1).t()
 
 
-def linear_float32(x: Tensor, planes: Tensor, scale_zeros: Tensor, bits: int, group_size: int) -> Tensor:
+def linear_float32(
+    x: Tensor, planes: Tensor, scale_zeros: Tensor, bits: int, group_size: int, order: packing.Order
+) -> Tensor:
     """x @ W^T with weights and sums in float32.
 
     Args:
@@ -43,19 +43,20 @@ def linear_float32(x: Tensor, planes: Tensor, scale_zeros: Tensor, bits: int, gr
         scale_zeros: [planes * K / group_size, padded N, 2].
         bits: 4 or 8.
         group_size: 32, 64 or 128.
+        order: of the nibbles.
 
     Returns:
         [M, padded N] float32.
     """
-    return x.float() @ dequantize(planes, scale_zeros.float(), bits, group_size).t()
+    return x.float() @ dequantize(planes, scale_zeros.float(), bits, group_size, order).t()
 
 
 def linear(x: Tensor, planes: Tensor, scale_zeros: Tensor, bits: int, group_size: int) -> Tensor:
     """x @ W^T with weights rounded to the dtype of x, one slab of rows after the other.
 
     Args:
-        x: [M, K] fp32, bf16 or fp16; not on a CPU, which has `cpu.linear`.
-        planes: [padded N, planes * K / 2] uint8.
+        x: [M, K] fp32, bf16 or fp16.
+        planes: [padded N, planes * K / 2] uint8, in order "rows".
         scale_zeros: [planes * K / group_size, padded N, 2] in the dtype of x.
         bits: 4 or 8.
         group_size: 32, 64 or 128.
@@ -64,11 +65,7 @@ def linear(x: Tensor, planes: Tensor, scale_zeros: Tensor, bits: int, group_size
         [M, padded N] in the dtype of x.
     """
     slabs = [
-        x @ packing.dequantize_rows(planes, scale_zeros, bits, group_size, start, stop)
-        for start, stop in _slabs(planes.shape[0])
+        x @ packing.dequantize_rows(planes, scale_zeros, bits, group_size, "rows", start, stop)
+        for start, stop in packing.bounds(planes.shape[0], "rows")
     ]
     return slabs[0] if len(slabs) == 1 else torch.cat(slabs, dim=1)
-
-
-def _slabs(rows: int) -> list[tuple[int, int]]:
-    return [(start, min(start + _SLAB_ROWS, rows)) for start in range(0, rows, _SLAB_ROWS)]

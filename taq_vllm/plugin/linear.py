@@ -270,7 +270,7 @@ class PackedShard:
         cls, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int, dtype: torch.dtype
     ) -> "PackedShard":
         """From codes [N, K], scale and zero point [N, K / group_size]."""
-        planes = packing.pack_planes(codes, bits)
+        planes = packing.pack_planes(codes, bits, packing.order_on(codes.device))
         scale_zeros = packing.pack_scale_zeros(scale, zero_point, bits, dtype)
         return cls(planes, scale_zeros, bits, codes.shape[0], group_size)
 
@@ -438,8 +438,9 @@ class TaqLinearMethod(LinearMethodBase):
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] @ W^T + bias: [..., N of all shards]."""
-        outs = [run(x) for run in layer.taq_runs]
-        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+        if len(layer.taq_runs) == 1:
+            return layer.taq_runs[0](x, bias)
+        out = torch.cat([run(x) for run in layer.taq_runs], dim=-1)
         return out if bias is None else out + bias
 
 
@@ -460,12 +461,12 @@ class PackedRun(nn.Module):
             self.sizes.append(sum(s.rows for s in joined))
         self.resident_bytes = sum(buffer.nbytes for buffer in self.buffers())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] to [..., N of these shards]."""
         indices = range(len(self.bits))
         planes = [getattr(self, f"planes_{index}") for index in indices]
         scale_zeros = [getattr(self, f"scale_zeros_{index}") for index in indices]
-        return torch.ops.taq.linear(x, planes, scale_zeros, self.bits, self.sizes, self.group_size)
+        return torch.ops.taq.linear(x, planes, scale_zeros, self.bits, self.sizes, self.group_size, bias)
 
 
 class DenseRun(nn.Module):
@@ -598,13 +599,11 @@ def _matrix_of(matrices: Sequence[Matrix], shard_id: str | int | None, kind: str
 
 def _join(shards: Sequence[PackedShard]) -> list[list[PackedShard]]:
     """Neighbours of equal bits that can lie in one set of planes: fewer, larger products."""
+    order = packing.order_on(shards[0].planes.device)
     joined: list[list[PackedShard]] = []
     for shard in shards:
-        if (
-            joined
-            and joined[-1][0].bits == shard.bits
-            and packing.can_extend(joined[-1][-1].planes, joined[-1][-1].rows)
-        ):
+        previous = joined[-1][-1] if joined else None
+        if previous and previous.bits == shard.bits and packing.can_extend(previous.rows, order):
             joined[-1].append(shard)
         else:
             joined.append([shard])

@@ -1,0 +1,41 @@
+"""What tests of several modules share: the skip for machines without a GPU, and vLLM without its engine."""
+
+import os
+
+import pytest
+import torch
+
+# Before vLLM is imported: no network, one engine in this process, threads left alone, a small cache.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_NO_USAGE_STATS="1",
+)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch sees none"))
+
+
+@pytest.fixture(scope="module")
+def vllm_world(tmp_path_factory):
+    """vLLM's process groups for one rank, so that its layers can be built without an engine."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed.parallel_state import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+
+    store = tmp_path_factory.mktemp("world") / "store"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, distributed_init_method=f"file://{store}", local_rank=0, backend="gloo")
+        initialize_model_parallel(1, 1)
+        yield
+    cleanup_dist_env_and_memory()
