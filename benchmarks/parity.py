@@ -12,21 +12,19 @@ greedy texts: where two differ, the gap between the two most likely tokens at th
 import argparse
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.server import vllm_serve
 
 LAB = Path(__file__).parent / "lab"
 TASKS = ("trivia", "math", "code")
 MAX_NEW_TOKENS = 48
 BUDGET = "7bits"
 MIXED_LAYER = ("layers.3.self_attn.q_proj=4", "layers.3.self_attn.k_proj=8", "layers.3.self_attn.v_proj=16")
-SERVER_START_S = 300
 
 WAYS: dict[str, dict[str, Any]] = {
     "plugin, eager": {"checkpoint": "taq", "engine": {"quantization": "taq", "enforce_eager": True}},
@@ -153,30 +151,15 @@ def run_engine(checkpoint: Path, prompts: list[dict[str, list[int]]], engine: di
 
 def run_http(checkpoint: Path, prompts: list[dict[str, list[int]]], arguments: list[str]) -> list[dict[str, Any]]:
     """The same from `vllm serve`, asked with the openai client."""
-    from openai import OpenAI
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(checkpoint), *arguments]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512"]
-    server = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
-    try:
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        deadline = time.monotonic() + SERVER_START_S
-        while True:
-            try:
-                client.models.list()
-                break
-            except Exception as error:  # refused until the server listens
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"vllm serve {checkpoint} did not start") from error
-                time.sleep(1)
-        results = []
+    results = []
+    with vllm_serve(checkpoint, [*arguments, "--max-model-len", "512"]) as client:
         for prompt in prompts:
-            extra = {"prompt_logprobs": 0, "return_token_ids": True}
             scored = client.completions.create(
-                model=str(checkpoint), prompt=prompt["whole"], max_tokens=1, temperature=0, extra_body=extra
+                model=str(checkpoint),
+                prompt=prompt["whole"],
+                max_tokens=1,
+                temperature=0,
+                extra_body={"prompt_logprobs": 0},
             )
             generated = client.completions.create(
                 model=str(checkpoint),
@@ -185,19 +168,14 @@ def run_http(checkpoint: Path, prompts: list[dict[str, list[int]]], arguments: l
                 temperature=0,
                 extra_body={"return_token_ids": True},
             )
-            places = scored.choices[0].prompt_logprobs[1:]
+            places = zip(scored.choices[0].prompt_logprobs[1:], prompt["whole"][1:], strict=True)
             results.append(
                 {
-                    "logprobs": [
-                        at[str(token)]["logprob"] for at, token in zip(places, prompt["whole"][1:], strict=True)
-                    ],
+                    "logprobs": [at[str(token)]["logprob"] for at, token in places],
                     "greedy": generated.choices[0].token_ids,
                 }
             )
-        return results
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+    return results
 
 
 def compare(found: list[dict[str, Any]], reference: list[dict[str, Any]], noise: float | None = None) -> dict[str, Any]:

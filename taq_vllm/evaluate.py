@@ -21,6 +21,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -435,6 +436,38 @@ def compare(first: Result, second: Result, quantity: Literal["metric", "nll"] = 
             "compared"
         )
     return paired_difference(first.item_nll, second.item_nll, first.item_tokens)
+
+
+def compare_labels(results: Path, first: str, second: str) -> list[dict[str, Any]]:
+    """Compare the newest results of two labels on every task that both have, metric and NLL.
+
+    Args:
+        results: the results file.
+        first: label of one model.
+        second: label of the other.
+
+    Raises:
+        ValueError: no such file, label, or common task.
+    """
+    if not results.is_file():
+        raise ValueError(f"no results at {results}: make them with `taq eval`")
+    newest = {(result.label, result.task): result for result in read_results(results)}
+    labels = sorted({label for label, _ in newest})
+    for label in (first, second):
+        if label not in labels:
+            raise ValueError(f"{results} holds no results labelled {label!r}; its labels are {', '.join(labels)}")
+    tasks = [task for label, task in newest if label == first and (second, task) in newest]
+    if not tasks:
+        raise ValueError(f"{first} and {second} have no task in common in {results}; evaluate both on the same task")
+    return [
+        {
+            "task": task,
+            "quantity": quantity,
+            **asdict(compare(newest[first, task], newest[second, task], quantity)),
+        }
+        for task in tasks
+        for quantity in ("metric", "nll")
+    ]
 
 
 def _judge(outputs: Sequence[str], examples: Sequence[Example], task: Task, allow_code_execution: bool) -> list[float]:

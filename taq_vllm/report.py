@@ -156,8 +156,6 @@ class Row:
 
     label: str
     result: Result
-    megabytes: float
-    average_bits: float
     contender: bool = False
     """Competes with the other contenders of its task, all of the same size."""
 
@@ -167,7 +165,8 @@ def winner(rows: Sequence[Row]) -> str | None:
     contenders = [row for row in rows if row.contender]
     for row in contenders:
         others = [other for other in contenders if other is not row]
-        if others and all(compare(row.result, other.result).low > 0 for other in others):
+        differences = [compare(row.result, other.result) for other in others]
+        if differences and all(d.significant and d.mean > 0 for d in differences):
             return row.label
     return None
 
@@ -217,8 +216,8 @@ def _cells(rows: Sequence[Row], reference: Result) -> list[list[str]]:
                 f"{100 * result.mean:.1f} [{100 * result.low:.1f}, {100 * result.high:.1f}]",
                 difference,
                 f"{result.answer_nll:.4f}",
-                f"{row.average_bits:.2f}",
-                f"{row.megabytes:.2f}",
+                "16" if result.average_bits is None else f"{result.average_bits:.2f}",
+                f"{result.weight_bytes / 1e6:.2f}",
                 f"{result.output_tokens_per_s:.0f}",
             ]
         )

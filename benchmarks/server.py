@@ -1,0 +1,79 @@
+"""A real `vllm serve` on loopback, for as long as a block of code needs it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from openai import APIConnectionError, InternalServerError, OpenAI
+
+START_TIMEOUT_S = 300
+STOP_TIMEOUT_S = 30
+
+
+@contextmanager
+def vllm_serve(model: Path, arguments: Sequence[str], env: Mapping[str, str] | None = None) -> Iterator[OpenAI]:
+    """Serve a model; the server and all its processes are ended on leaving.
+
+    Args:
+        model: the folder.
+        arguments: of `vllm serve`, besides host and port.
+        env: variables set on top of this process's.
+
+    Yields:
+        A client that talks to the server.
+
+    Raises:
+        RuntimeError: the server ended or did not answer in time; holds the end of its log.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), *arguments]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    with tempfile.TemporaryFile("w+") as log:
+        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(env or {})}
+        server = subprocess.Popen(
+            command, start_new_session=True, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            _wait_until_it_answers(client, server, log)
+            yield client
+        finally:
+            _end(server)
+
+
+def ask(client: OpenAI, model: Path, prompt: str, max_tokens: int) -> str:
+    """One greedy completion."""
+    answer = client.completions.create(model=str(model), prompt=prompt, max_tokens=max_tokens, temperature=0)
+    return answer.choices[0].text
+
+
+def _wait_until_it_answers(client: OpenAI, server: subprocess.Popen, log: tempfile.SpooledTemporaryFile) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            client.models.list()
+            return
+        except (APIConnectionError, InternalServerError) as error:
+            if server.poll() is not None or time.monotonic() > deadline:
+                log.seek(0)
+                raise RuntimeError(f"vllm serve did not answer; the end of its log:\n{log.read()[-3000:]}") from error
+            time.sleep(0.5)
+
+
+def _end(server: subprocess.Popen) -> None:
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGTERM)
+    try:
+        server.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
