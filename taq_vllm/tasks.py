@@ -272,6 +272,11 @@ def _example(item: dict[str, Any], metric: Metric, template: str | None, where: 
             raise ValueError(
                 f'{where}: metric pass@1 needs tests; add "tests": ["assert ..."] or choose another metric'
             )
+        for test in tests:
+            try:
+                compile(test, "test", "exec")
+            except (SyntaxError, ValueError) as error:
+                raise ValueError(f"{where}, tests: got {test!r}, which is not Python ({error}); correct it") from error
         if completion is None and not answers:
             raise ValueError(f"{where}: no completion and no answers; add a reference solution as either")
     elif not answers:
