@@ -11,7 +11,7 @@ statistics only have to leave the padded positions out. Works for the architectu
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,7 @@ class StreamedModel:
         self._head = skeleton.lm_head.requires_grad_(False)
         # Its buffers are computed, not stored: build it again off the meta device.
         self._rotary = type(self._decoder.rotary_emb)(config=self.config).to(self.device)
+        self._positions: dict[tuple[int, int, bool], dict[str, Any]] = {}
         self.blocks_run = 0
         """Block executions so far, one per block and batch: the unit of cost that tests count."""
 
@@ -131,12 +132,20 @@ class StreamedModel:
     @torch.inference_mode()
     def run(self, layer: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """One block on one batch: [B, T, d] to [B, T, d]."""
-        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         sliding = getattr(self.config, "sliding_window", None) is not None
         if layer_types := getattr(self.config, "layer_types", None):
             sliding = layer_types[layer] == "sliding_attention"
+        # Masks and rotary embeddings depend on the batch's shape alone: all blocks of a kind share them.
+        kind = (*hidden.shape[:2], sliding)
+        if kind not in self._positions:
+            self._positions[kind] = self._position_arguments(hidden, sliding)
+        self.blocks_run += 1
+        return block(hidden, **self._positions[kind])
+
+    def _position_arguments(self, hidden: Tensor, sliding: bool) -> dict[str, Any]:
+        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         make_mask = create_sliding_window_causal_mask if sliding else create_causal_mask
         mask = make_mask(
             config=self.config,
@@ -145,13 +154,11 @@ class StreamedModel:
             past_key_values=None,
             position_ids=positions,
         )
-        self.blocks_run += 1
-        return block(
-            hidden,
-            attention_mask=mask,
-            position_ids=positions,
-            position_embeddings=self._rotary(hidden, positions),
-        )
+        return {
+            "attention_mask": mask,
+            "position_ids": positions,
+            "position_embeddings": self._rotary(hidden, positions),
+        }
 
     @contextmanager
     def head(self) -> Iterator["Head"]:

@@ -88,9 +88,11 @@ class Reservoir:
         place = torch.arange(self._seen, self._seen + len(tokens))
         draw = (torch.rand(len(tokens), generator=self._generator, dtype=torch.float64) * (place + 1)).long()
         slot = torch.where(place < self._size, place, draw)
-        for source in (slot < self._size).nonzero()[:, 0].tolist():  # in order: a later token evicts an earlier one
-            self._rows[slot[source]] = tokens[source]
-            self._examples[slot[source]] = examples[source]
+        kept = (slot < self._size).nonzero()[:, 0]
+        holders = dict(zip(slot[kept].tolist(), kept.tolist(), strict=True))  # a later token evicts an earlier one
+        slots, sources = list(holders), list(holders.values())
+        self._rows[slots] = tokens[sources]
+        self._examples[slots] = examples[sources]
         self._seen += len(tokens)
 
     def sample(self) -> tuple[Tensor, Tensor]:
@@ -185,7 +187,9 @@ def score_layers(
     batches = make_batches(sequences, settings.batch_size, settings.max_tokens)
     hidden = model.embed(batches)
     entropies = []
-    variances = [_statistics(batches, hidden, len(sequences), settings)[1]]
+    variances = []
+    if settings.variance == "relative":
+        variances.append(_statistics(batches, hidden, len(sequences), settings)[1])
     for layer in track(range(model.layers), "taq: information and stability", model.layers):
         with model.block(layer) as block:
             for i, states in enumerate(hidden):
@@ -194,7 +198,7 @@ def score_layers(
         entropies.append(entropy)
         variances.append(variance)
     information = _stack(entropies)
-    spread = _stack(variances[1:])
+    spread = _stack(variances[-model.layers :])
     if settings.variance == "relative":
         before = _stack(variances[:-1])
         ratio = spread.value / before.value
