@@ -10,6 +10,7 @@ with channels of very different size as large models have, which makes 4 bits ma
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -24,10 +25,11 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from rich.console import Console
 
 from benchmarks.lab.condition import check_same_function, condition
+from benchmarks.provenance import provenance
 from benchmarks.server import ask, vllm_serve
 from taq_vllm.allocate import Request, allocate, baseline_scores
 from taq_vllm.checkpoint import Calibration, quantize_model, verify
-from taq_vllm.evaluate import Engine, Result
+from taq_vllm.evaluate import Engine, Result, compare
 from taq_vllm.model_files import ModelFiles, layer_of
 from taq_vllm.plan import Plan
 from taq_vllm.report import (
@@ -181,10 +183,47 @@ def show(made: list[Made], rows: dict[str, list[Row]], budget: str, out: Path) -
         "against full precision. A bold row beats the other plans of its size on every paired interval.\n"
     )
     (out / "results.md").write_text("\n".join(text), encoding="utf-8")
+    write_summary(made, rows, budget, out / "summary.jsonl")
     panels = [
         TaskPanel(one.task.name, one.taq, one.taqo, {label: one.plans[label] for label in CONTENDERS}) for one in made
     ]
     relevance_figure(panels, f"Layer relevance per task, {title}; plans at {budget}", out / "relevance.png")
+
+
+def write_summary(made: list[Made], rows: dict[str, list[Row]], budget: str, path: Path) -> None:
+    """One line per task and plan without the items: what tables elsewhere are made from."""
+    stamp = provenance()
+    lines = []
+    for one in made:
+        name = one.task.name
+        reference = rows[name][0].result
+        found = agreement(one.taq, one.taqo)
+        for row in rows[name]:
+            result, paired = row.result, compare(row.result, reference)
+            lines.append(
+                {
+                    "benchmark": "demo",
+                    "task": name,
+                    "plan": row.label,
+                    "model": "lab, plain"
+                    if row.label.startswith("plain")
+                    else f"lab, conditioned (sigma {SIGMA}, seed {SEED})",
+                    "budget": budget,
+                    "metric": result.metric,
+                    "n": result.n,
+                    "mean": result.mean,
+                    "interval": [result.low, result.high],
+                    "difference_to_full": [paired.mean, paired.low, paired.high],
+                    "answer_nll": [result.answer_nll, result.answer_nll_low, result.answer_nll_high],
+                    "average_bits": result.average_bits,
+                    "weight_bytes": result.weight_bytes,
+                    "output_tokens_per_s": result.output_tokens_per_s,
+                    "best_of_its_size": row.label == winner(rows[name]),
+                    "rank_agreement_taq_taqo": [found.tau, found.p_value],
+                    **stamp,
+                }
+            )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def main() -> None:
