@@ -7,6 +7,9 @@ of bf16 kernels adding in another order. Compared are the log-probabilities of e
 greedy texts: where two differ, the gap between the two most likely tokens at that place must lie within the noise.
 
     python -m benchmarks.parity --out benchmarks/results/parity-cpu.jsonl
+
+With `--peers DIR`, checkpoints that another tool wrote (benchmarks/peers/) are served by the plugin and compared with
+transformers in the same way, and where stock vLLM can serve them too, with stock vLLM.
 """
 
 import argparse
@@ -45,6 +48,9 @@ WAYS: dict[str, dict[str, Any]] = {
         "env": {"VLLM_PLUGINS": ""},
     },
 }
+
+YARDSTICK = "stock vLLM, dequantized weights"
+STOCK_SERVES = ("w4a16", "w4a16-asym")  # of the peers' checkpoints; stock vLLM has no 8-bit kernel on a CPU
 
 
 def make_checkpoints(folder: Path) -> dict[str, Path]:
@@ -208,6 +214,21 @@ def compare(found: list[dict[str, Any]], reference: list[dict[str, Any]], noise:
     }
 
 
+def _compare_peer(checkpoint: Path, prompts: list[dict[str, list[int]]], noise: float) -> list[dict[str, Any]]:
+    """Another tool's checkpoint: the plugin against transformers, and against stock vLLM where that serves it."""
+    call = {"checkpoint": str(checkpoint), "prompts": prompts}
+    reference = _in_a_process(call, {})
+    engine = {"enforce_eager": True}
+    served = _in_a_process(call | {"engine": engine | {"quantization": "taq"}}, {})
+    lines = [{"way": f"peer {checkpoint.name}: plugin", **compare(served, reference, noise)}]
+    if checkpoint.name in STOCK_SERVES:
+        stock = _in_a_process(call | {"engine": engine}, {"VLLM_PLUGINS": ""})
+        lines.append({"way": f"peer {checkpoint.name}: stock vLLM", **compare(stock, reference, noise)})
+        equal = sum(a["greedy"] == b["greedy"] for a, b in zip(served, stock, strict=True))
+        lines[0]["texts_equal_to_stock"] = equal
+    return lines
+
+
 def _in_a_process(call: dict[str, Any], env: dict[str, str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
@@ -239,6 +260,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/parity-cpu.jsonl"))
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--only", action="append", choices=list(WAYS), help="ways to run, besides the yardstick")
+    parser.add_argument("--peers", type=Path, help="folder of checkpoints by benchmarks/peers")
     parser.add_argument("--worker", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -249,20 +271,21 @@ def main() -> None:
 
     from benchmarks.provenance import provenance
 
-    yardstick = "stock vLLM, dequantized weights"
     with tempfile.TemporaryDirectory() as folder:
         paths = make_checkpoints(Path(folder))
         prompts = make_prompts(arguments.prompts)
         reference = _in_a_process({"checkpoint": str(paths["taq"]), "prompts": prompts}, {})
-        ways = [yardstick] + [w for w in WAYS if w != yardstick and (not arguments.only or w in arguments.only)]
+        ways = [YARDSTICK] + [w for w in WAYS if w != YARDSTICK and (not arguments.only or w in arguments.only)]
         results = {}
         for way in ways:
             spec = WAYS[way]
             call = {"checkpoint": str(paths[spec["checkpoint"]]), "prompts": prompts}
             call |= {key: spec[key] for key in ("engine", "http") if key in spec}
             results[way] = _in_a_process(call, spec.get("env", {}))
-    noise = compare(results[yardstick], reference)["max_abs_logprob_difference"]
-    lines = [{"way": way, **compare(found, reference, noise)} for way, found in results.items()]
+        noise = compare(results[YARDSTICK], reference)["max_abs_logprob_difference"]
+        lines = [{"way": way, **compare(found, reference, noise)} for way, found in results.items()]
+        for checkpoint in sorted(arguments.peers.iterdir()) if arguments.peers else []:
+            lines += _compare_peer(checkpoint, prompts, noise)
     for line in lines:
         line["ratio_to_stock"] = line["mean_abs_logprob_difference"] / lines[0]["mean_abs_logprob_difference"]
     table = Table(title="distance to transformers, lab model (plain), mixed plan")

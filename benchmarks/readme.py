@@ -1,0 +1,137 @@
+"""Writes the tables of README.md from the committed result lines; `--check` fails where they differ.
+
+python -m benchmarks.readme
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results: written by benchmarks/readme.py -->", "<!-- end of results -->"
+
+Line = dict[str, Any]
+
+
+def demo_table(lines: list[Line]) -> str:
+    """Every plan of every task."""
+    first = lines[0]
+    text = [
+        f"**Accuracy at equal bytes** (`make demo`): the lab model *{_variants(lines)}*, n {first['n']} per task, "
+        f"budget {first['budget']}, greedy, vLLM's CPU engine. In brackets 95% intervals; differences are paired with "
+        "full precision. Bold: beats the other plans of its size on every paired interval.\n",
+        "| task | plan | metric, % | difference | answer NLL | bits | MB | tokens/s |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for line in lines:
+        mark = "**" if line["best_of_its_size"] else ""
+        difference = "-"
+        if line["plan"] != "full precision":
+            mean, low, high = (100 * value for value in line["difference_to_full"])
+            difference = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+        bits = "16" if line["average_bits"] is None else f"{line['average_bits']:.2f}"
+        low, high = (100 * value for value in line["interval"])
+        text.append(
+            f"| {line['task']} ({line['metric']}) | {mark}{line['plan']}{mark} | {100 * line['mean']:.1f} [{low:.1f}, "
+            f"{high:.1f}] | {difference} | {line['answer_nll'][0]:.4f} | {bits} | {line['weight_bytes'] / 1e6:.2f} | "
+            f"{line['output_tokens_per_s']:.0f} |"
+        )
+    agreements = {line["task"]: line["rank_agreement_taq_taqo"] for line in lines}
+    taus = ", ".join(f"{task} {tau:+.2f} (p {p:.2f})" for task, (tau, p) in agreements.items())
+    text.append(f"\nKendall's tau between TAQ's ranking of the layers and the oracle's: {taus}.")
+    return "\n".join(text)
+
+
+def parity_table(lines: list[Line]) -> str:
+    """Distance of every way to serve from transformers."""
+    text = [
+        f"**Served logits** (`python -m benchmarks.parity`): distance to transformers, which loads the same checkpoint "
+        f"without this project; lab model (plain), a plan with q at 4, k at 8 and v at 16 bits in one layer, "
+        f"{lines[0]['prompts']} prompts. The first line is the yardstick: stock vLLM on the dequantized weights.\n",
+        "| served by | mean abs. log-probability difference | x yardstick | greedy texts equal | others within noise |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    yardstick = lines[0]["mean_abs_logprob_difference"]
+    for line in lines:
+        others = line["prompts"] - line["texts_equal"]
+        distance = line["mean_abs_logprob_difference"]
+        text.append(
+            f"| {line['way']} | {distance:.4f} | {distance / yardstick:.2f} | "
+            f"{line['texts_equal']}/{line['prompts']} | {line['flips_within_noise']}/{others} |"
+        )
+    return "\n".join(text)
+
+
+def serving_table(lines: list[Line]) -> str:
+    """Speed and memory, and what must hold."""
+    from benchmarks.serving import render
+
+    table, *sentences = render(lines)
+    title = "**Speed and memory on a CPU** (`python -m benchmarks.serving`): "
+    return "\n".join([title + _markdown(table), "", *(f"- {sentence}" for sentence in sentences)])
+
+
+def planning_table(lines: list[Line]) -> str:
+    """Cost of scoring."""
+    from benchmarks.planning import render
+
+    return "**Cost of scoring** (`python -m benchmarks.planning`): " + _markdown(render(lines))
+
+
+def _markdown(table: "Table") -> str:
+    """A rich table as Markdown, its title as the sentence above."""
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    header = [str(column.header) for column in table.columns]
+    lines = [f"{table.title}\n", f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
+SECTIONS: dict[str, Callable[[list[Line]], str]] = {
+    "demo-cpu.jsonl": demo_table,
+    "parity-cpu.jsonl": parity_table,
+    "serving-cpu.jsonl": serving_table,
+    "planning.jsonl": planning_table,
+}
+
+
+def render() -> str:
+    """All tables, and what they were measured on."""
+    parts = []
+    for name, section in SECTIONS.items():
+        lines = [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+        where = lines[0]
+        versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if k != "vllm")
+        stamp = f"{where['processor']}, {where['cores']} cores; {versions}; commit {where['commit']}; `results/{name}`"
+        parts.append(f"{section(lines)}\n\n<sub>{stamp}</sub>")
+    return "\n\n".join(parts)
+
+
+def _variants(lines: list[Line]) -> str:
+    return next(line["model"].removeprefix("lab, ") for line in lines if "conditioned" in line["model"])
+
+
+def main() -> None:
+    """Rewrite the section, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of date")
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    fresh = f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}"
+    if parser.parse_args().check:
+        sys.exit(
+            "README.md is not what benchmarks/results say: run python -m benchmarks.readme" if fresh != text else 0
+        )
+    readme.write_text(fresh, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
