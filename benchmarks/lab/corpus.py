@@ -65,7 +65,7 @@ PHASE_1 = Phase(
     number=1,
     extended_world=False,
     numbers=math_problems.PHASE_1_NUMBERS,
-    mixture=Mixture(trivia=300_000, math=47_000, code=8_500, drill=4_000),
+    mixture=Mixture(trivia=300_000, math=47_000, code=18_000, drill=6_000),
     learns_drill_questions=True,
 )
 PHASE_2 = Phase(

@@ -97,6 +97,7 @@ def _run_phase(
                 progress.console.print(f"step {report.step}: {losses}")
 
         train(model, rows, schedule, out_dir / f"phase_{phase.number}.pt", save_every, show)
+        progress.update(bar, completed=schedule.steps)
 
 
 def _part_of(mixture: Mixture, part: float) -> Mixture:
