@@ -32,7 +32,7 @@ from taq_vllm.plan import BITS_MENU, GROUP_SIZE, PLAN_FILE, MatrixPlan, Plan, Ta
 from taq_vllm.progress import track
 from taq_vllm.quantizer import Method, Quantized, quantize, search_clip
 from taq_vllm.scorers import calibration_sequences
-from taq_vllm.stream import Batch, StreamedModel, make_batches, matrices_of
+from taq_vllm.stream import Batch, StreamedModel, make_batches, matrices_of, replace_weight
 from taq_vllm.tasks import Task
 
 MANIFEST_FILE = "manifest.json"
@@ -96,7 +96,7 @@ def quantize_model(
         )
     if calibration.method == "clip" and task is None:
         raise ValueError("method 'clip' fits ranges on a task's inputs: give --task, or use --method rtn")
-    made_by = _made_by(files, plan, calibration, task)
+    made_by = _made_by(files, plan, calibration, task, device)
     if output.exists():
         if _manifest_of(output).get("made_by") == made_by:
             return False
@@ -280,7 +280,7 @@ def check_tensors(files: ModelFiles, plan: Plan) -> None:
             )
 
 
-def _made_by(files: ModelFiles, plan: Plan, calibration: Calibration, task: Task | None) -> dict[str, Any]:
+def _made_by(files: ModelFiles, plan: Plan, calibration: Calibration, task: Task | None, device: str) -> dict[str, Any]:
     """Everything that the bytes of a checkpoint depend on."""
     record: dict[str, Any] = {
         "taq_vllm": __version__,
@@ -292,7 +292,9 @@ def _made_by(files: ModelFiles, plan: Plan, calibration: Calibration, task: Task
         assert task is not None
         examples = min(calibration.examples, len(task.calibration))
         ref = TaskRef(name=task.name, data_sha256=task.calibration_sha256, examples=examples)
-        record |= {"calibration": asdict(calibration), "task": ref.model_dump()}
+        # Ranges depend on the inputs, and these in their last bits on what computes them.
+        computed = {"device": torch.device(device).type, "dtype": str(StreamedModel(files, device).compute_dtype)}
+        record |= {"calibration": asdict(calibration), "task": ref.model_dump(), "computed": computed}
     return record
 
 
@@ -390,13 +392,12 @@ def _write_blocks(
                 after = [model.run(layer, block, states) for states in hidden]
             if tensors is None:
                 importance = _input_energy(model, layer, block, batches, hidden) if batches else {}
-                tensors = _quantize_block(prefix, block, entries, importance)
+                tensors = _quantize_block(prefix, block, entries, importance, model.dtype)
                 shards.save(layer, tensors)
             if calibration.inputs == "quantized":
                 for name, module in matrices_of(block).items():
                     if entries[name].bits < 16:
-                        weight = unpack(prefix + name, tensors, entries[name]).dequantize().to(module.weight.device)
-                        module.weight = torch.nn.Parameter(weight, requires_grad=False)
+                        replace_weight(module, unpack(prefix + name, tensors, entries[name]).dequantize())
                 after = [model.run(layer, block, states) for states in hidden]
             hidden = after
     if shards.name(model.layers) not in shards.done:
@@ -432,10 +433,14 @@ def _input_energy(
 
 
 def _quantize_block(
-    prefix: str, block: torch.nn.Module, entries: Mapping[str, MatrixPlan], importance: Mapping[str, Tensor]
+    prefix: str,
+    block: torch.nn.Module,
+    entries: Mapping[str, MatrixPlan],
+    importance: Mapping[str, Tensor],
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """A block's tensors as they go to disk, by full name."""
-    tensors = {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in block.state_dict().items()}
+    """A block's tensors as they go to disk, by full name; `dtype` is the checkpoint's."""
+    tensors = {prefix + name: tensor.to("cpu", dtype).contiguous() for name, tensor in block.state_dict().items()}
     for name, module in matrices_of(block).items():
         entry = entries[name]
         if entry.bits == 16:

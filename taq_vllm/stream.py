@@ -81,7 +81,9 @@ class StreamedModel:
 
     Attributes:
         files: the model's folder.
-        dtype: bf16 or fp16, as the config says; fp32 models are walked in bf16, as vLLM serves them.
+        dtype: bf16 or fp16, as the config says; fp32 models become bf16, as vLLM serves them.
+        compute_dtype: of weights and hidden states during the walk: `dtype`, or float32 on a CPU without bf16
+            instructions, where it is three times as fast (and the weights are the same numbers).
         device: where blocks run.
     """
 
@@ -98,8 +100,11 @@ class StreamedModel:
         self.device = torch.device(device)
         self.config = AutoConfig.from_pretrained(files.path)
         self.dtype = self.config.dtype if self.config.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+        self.compute_dtype = _compute_dtype(self.device, self.dtype)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, attn_implementation="sdpa")
+            skeleton = AutoModelForCausalLM.from_config(
+                self.config, dtype=self.compute_dtype, attn_implementation="sdpa"
+            )
         self._decoder = skeleton.model.eval().requires_grad_(False)
         self._head = skeleton.lm_head.requires_grad_(False)
         # Its buffers are computed, not stored: build it again off the meta device.
@@ -184,7 +189,14 @@ class StreamedModel:
             module.to("meta")
 
     def _read(self, name: str) -> Tensor:
-        return self.files.read(name).to(device=self.device, dtype=self.dtype)
+        return self.files.read(name).to(device=self.device, dtype=self.compute_dtype)
+
+
+def _compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    if device.type != "cpu":
+        return dtype
+    # The key is x86's; other processors are taken to have the instructions.
+    return dtype if torch.cpu.get_capabilities().get("avx512_bf16", True) else torch.float32
 
 
 @dataclass(frozen=True)
@@ -199,6 +211,17 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] to [..., vocabulary] float32."""
         return nn.functional.linear(self.norm(hidden), self.weight).float()
+
+
+def replace_weight(matrix: nn.Linear, weight: Tensor) -> None:
+    """Put another weight into a matrix, on its device and in its dtype.
+
+    Args:
+        matrix: of a loaded block.
+        weight: [N, K].
+    """
+    weight = weight.to(device=matrix.weight.device, dtype=matrix.weight.dtype)
+    matrix.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def matrices_of(block: nn.Module) -> dict[str, nn.Linear]:

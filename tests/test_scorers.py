@@ -11,6 +11,7 @@ from taq_vllm.quantizer import quantize
 from taq_vllm.scorers import SCORERS, score
 from taq_vllm.scorers.taq import Moments, Reservoir, Settings, Statistic, matrix_entropy, z_score
 from taq_vllm.scores import Scores
+from taq_vllm.stream import StreamedModel
 from taq_vllm.tasks import load_task
 
 EXAMPLES = 12
@@ -195,12 +196,13 @@ def test_taqo_equals_the_naive_oracle(files, task, tmp_path):
             nll.append(torch.nn.functional.cross_entropy(logits, target).item())
         return torch.tensor(exact), torch.tensor(nll)
 
-    full_exact, full_nll = answers(AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.bfloat16))
+    dtype = StreamedModel(files).compute_dtype
+    full_exact, full_nll = answers(AutoModelForCausalLM.from_pretrained(files.path, dtype=dtype))
     for layer in range(files.layers):
-        model = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(files.path, dtype=dtype)
         for module in model.model.layers[layer].modules():
             if isinstance(module, torch.nn.Linear):
-                module.weight.data = quantize(module.weight.data, 4, False).dequantize()
+                module.weight.data = quantize(module.weight.data.bfloat16(), 4, False).dequantize().to(dtype)
         exact, nll = answers(model)
         found = scores.layers[layer]
         assert found.score == pytest.approx((full_exact - exact).mean().item(), abs=1e-9)

@@ -31,11 +31,23 @@ def test_the_walk_gives_the_logits_of_a_plain_forward_pass_to_the_bit(model_type
     model = StreamedModel(ModelFiles(folder))
     batches = make_batches(SEQUENCES, batch_size=6)
     hidden = walk(model, batches)
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=model.compute_dtype)
     with model.head() as head, torch.inference_mode():
         for batch, states in zip(batches, hidden, strict=True):
             expected = reference(input_ids=batch.input_ids).logits.float()
             assert torch.equal(head.logits(states)[batch.is_token], expected[batch.is_token])
+
+
+def test_a_walk_in_float32_is_that_of_the_same_weights(tmp_path, monkeypatch):
+    folder = make_tiny("qwen3", tmp_path)
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda supported=supported: {"avx512_bf16": supported})
+        model = StreamedModel(ModelFiles(folder))
+        assert model.compute_dtype == dtype
+        with model.block(0) as block:
+            weight = block.mlp.up_proj.weight
+            assert weight.dtype == dtype
+            assert torch.equal(weight.bfloat16(), model.files.read("model.layers.0.mlp.up_proj.weight"))
 
 
 def test_padding_does_not_reach_real_tokens(tmp_path):
@@ -44,7 +56,7 @@ def test_padding_does_not_reach_real_tokens(tmp_path):
     order = sorted(range(6), key=lambda i: len(SEQUENCES[i].input_ids))
     for row, place in enumerate(order):
         alone = walk(model, make_batches([SEQUENCES[place]], batch_size=1))[0][0]
-        # bf16 GEMMs of other shapes add in another order: 2^-8 relative, grown over three blocks
+        # products of other shapes add in another order: 2^-8 relative in bf16, grown over three blocks
         difference = (together[row, : len(alone)] - alone).float().norm() / alone.float().norm()
         assert difference < 0.02
 

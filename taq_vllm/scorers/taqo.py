@@ -24,7 +24,7 @@ from taq_vllm.plan import GROUP_SIZE, write_atomically
 from taq_vllm.progress import steps
 from taq_vllm.quantizer import quantize
 from taq_vllm.scores import LayerScore
-from taq_vllm.stream import Batch, StreamedModel, TokenSequence, make_batches, matrices_of
+from taq_vllm.stream import Batch, StreamedModel, TokenSequence, make_batches, matrices_of, replace_weight
 
 WITH_COMPLETION = True
 
@@ -83,8 +83,8 @@ def score_layers(
                 if layer in waiting:
                     for matrix in matrices_of(block).values():
                         if matrix.in_features % GROUP_SIZE == 0:
-                            weight = quantize(matrix.weight, settings.bits, settings.symmetric).dequantize()
-                            matrix.weight = torch.nn.Parameter(weight, requires_grad=False)
+                            stored = matrix.weight.to(model.dtype)
+                            replace_weight(matrix, quantize(stored, settings.bits, settings.symmetric).dequantize())
                     perturbed = [model.run(layer, block, states) for states in hidden]
                     progress.advance(len(batches))
             if layer in waiting:
