@@ -401,7 +401,8 @@ def read_results(path: Path) -> list[Result]:
         ValueError: a line that is not a result; names it.
     """
     results = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines: outputs may hold other line separators, which JSON leaves as they are.
+    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
         try:
             results.append(Result.model_validate_json(line))
         except ValidationError as error:
