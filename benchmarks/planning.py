@@ -88,7 +88,7 @@ def allowed_bytes(model: "StreamedModel", batches: "Sequence[Batch]") -> dict[st
     """Embedding, two blocks and hidden states in the model's 16 bits."""
     from taq_vllm.model_files import layer_of
 
-    item = model.dtype.itemsize
+    item = model.compute_dtype.itemsize
     blocks: dict[int, int] = {}
     for name, info in model.files.tensors.items():
         if name.startswith("model.layers."):
@@ -126,7 +126,7 @@ def _time(case: Case) -> dict[str, Any]:
     from taq_vllm.scorers import taq
 
     streamed, sequences, batches, settings = _prepare(case)
-    plain = AutoModelForCausalLM.from_pretrained(case.model, dtype=streamed.dtype, attn_implementation="sdpa").model
+    plain = AutoModelForCausalLM.from_pretrained(case.model, dtype=streamed.compute_dtype, attn_implementation="sdpa").model
 
     @torch.inference_mode()
     def forward() -> None:
