@@ -13,9 +13,10 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from taq_vllm.plan import resident_bytes
+from taq_vllm.plan import MatrixPlan, resident_bytes
 from taq_vllm.plugin.config import TaqConfig
 from taq_vllm.plugin.linear import DenseRun, PackedRun
+from taq_vllm.quantizer import quantize
 
 pytestmark = pytest.mark.usefixtures("vllm_world")
 
@@ -23,8 +24,8 @@ PREFIX = "model.layers.0"
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 SIXTEEN = (16, True)
 
-# Largest relative error of one rounding to bf16. A layer rounds its output once and, for many tokens, its weights
-# once; the additive zero of asymmetric 4-bit codes costs as much as the latter (see test_ops.py).
+# Relative RMS error of one rounding to bf16 (see EPSILON in test_ops.py). A layer rounds its output once and, for many
+# tokens, its weights once; the additive zero of asymmetric 4-bit codes costs as much as the latter.
 ROUNDING = 2**-9
 LAYER_ERROR = math.sqrt(2) * ROUNDING
 
@@ -164,6 +165,16 @@ def test_neighbours_of_equal_bits_share_a_call():
     assert error(output(layer, x), x, stacked(disk, "gate_proj", "up_proj")) < LAYER_ERROR
 
 
+def test_neighbours_whose_blocks_would_not_line_up_are_kept_apart():
+    disk = Disk().add("gate_proj", 48, 256, 4, False).add("up_proj", 48, 256, 4, True)
+    layer = make(MergedColumnParallelLinear, disk, "gate_up_proj", 256, [48, 48])
+    load(layer, disk, {"gate_proj": 0, "up_proj": 1})
+    (run,) = layer.taq_runs
+    assert run.sizes == [48, 48]
+    x = activations(3, 256)
+    assert error(output(layer, x), x, stacked(disk, "gate_proj", "up_proj")) < LAYER_ERROR
+
+
 def test_bias_is_added_once_in_every_kind_of_layer():
     bias = torch.randn(512, generator=torch.Generator().manual_seed(3)).bfloat16()
     for v in (SIXTEEN, (4, True)):
@@ -268,6 +279,26 @@ def test_row_parallel_split_that_cuts_groups_has_exactly_the_same_weights(as_ran
     assert error(total, x, stacked(disk, "down_proj")) < 1e-6
 
 
+@pytest.mark.parametrize("key", [(4, False), (8, True)])
+def test_rounding_while_loading_sees_whole_groups_on_every_rank(as_rank, key):
+    columns, size = 640, 2
+    name = f"{PREFIX}.down_proj"
+    weight = torch.randn(64, columns, generator=torch.Generator().manual_seed(8))
+    expected = quantize(weight, *key).dequantize()
+    x = activations(3, columns, torch.float32)
+    total = 0
+    for rank in range(size):
+        as_rank(rank, size)
+        config = TaqConfig()
+        config._planned = {name: (name, MatrixPlan(bits=key[0], symmetric=key[1], shape=(64, columns), why="pinned"))}
+        disk = Disk(torch.float32)
+        layer = make(RowParallelLinear, disk, "down_proj", columns, 64, config=config)
+        disk.tensors[name] = {"weight": weight}
+        load(layer, disk, {"down_proj": None})
+        total = total + output(layer, x.chunk(size, 1)[rank].contiguous())
+    assert error(total, x, expected) < 1e-6
+
+
 def test_row_parallel_split_into_pieces_below_32_names_the_sizes_that_work(as_rank):
     disk = Disk().add("down_proj", 64, 640, 4)
     as_rank(0, 8)
@@ -351,3 +382,10 @@ def test_in_features_that_are_not_whole_groups_are_refused():
     config = TaqConfig.from_config(config_dict({f"{PREFIX}.fc": (4, True)}))
     with pytest.raises(ValueError, match="fc has 192 in-features, which 128 does not divide; it must stay at 16 bits"):
         ReplicatedLinear(192, 32, bias=False, quant_config=config, prefix=f"{PREFIX}.fc")
+
+
+def test_loading_a_second_time_is_an_error_and_not_silence():
+    disk = mixed_qkv()
+    layer = load(qkv_layer(disk), disk, QKV)
+    with pytest.raises(ValueError, match="packed and cannot be loaded a second time"):
+        give(layer, "weight_packed", disk.tensors[f"{PREFIX}.q_proj"]["weight_packed"], "q")

@@ -406,6 +406,9 @@ class TaqLinearMethod(LinearMethodBase):
         ops.register()
 
     def _load(self, kind: str, param: Router, tensor: Tensor, shard_id: str | int | None) -> None:
+        if not self.matrices:
+            names = ", ".join(spec.name for spec in self.specs)
+            raise ValueError(f"{names}: weights are packed and cannot be loaded a second time; restart the server")
         matrix = _matrix_of(self.matrices, shard_id, kind)
         matrix.take(kind, tensor, param.device, self.params_dtype)
 
