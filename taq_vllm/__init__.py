@@ -13,6 +13,8 @@ def register() -> None:
 
     if "taq" in QUANTIZATION_METHODS:
         return
+    # vLLM wants the class itself, and its parent lives among vLLM's layers: under half a second for a process that
+    # loads a model, and no CUDA context.
     from taq_vllm.plugin.config import TaqConfig
 
     register_quantization_config("taq")(TaqConfig)

@@ -152,3 +152,19 @@ def test_registering_twice_is_harmless():
     ops.register()
     one = shard(16, 128, 4, torch.bfloat16)
     assert call(activations(1, 128, dtype=torch.bfloat16), [one], [4], [16]).shape == (1, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", packing.BITS)
+def test_product_on_a_gpu_is_the_reference_and_can_be_captured_in_a_graph(bits):
+    planes, scale_zeros = shard(80, 256, bits, torch.bfloat16, symmetric=False, order="rows")
+    x = activations(5, 256, dtype=torch.bfloat16)
+    expected = reference.linear_float32(x, planes, scale_zeros, bits, 128, "rows")
+    x, one = x.cuda(), (planes.cuda(), scale_zeros.cuda())
+    assert relative_rms(call(x, [one], [bits], [80]).cpu(), expected) < math.sqrt(2) * EPSILON[torch.bfloat16]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(x, [one], [bits], [80])
+    x.mul_(2)
+    graph.replay()
+    assert relative_rms(out.cpu(), 2 * expected) < math.sqrt(2) * EPSILON[torch.bfloat16]
