@@ -21,8 +21,8 @@ from taq_vllm.plan import GROUP_SIZE
 
 Method = Literal["rtn", "clip"]
 
-# Ratios of the full range tried by `clip`. On the lab model's matrices half the step gains another 0.5% of the loss, and
-# no group chooses less than 0.6 at 4 bits.
+# Ratios of the full range tried by `clip`. On the lab model's matrices half the step gains another 0.5% of the loss,
+# and no group chooses less than 0.6 at 4 bits.
 CLIP_RATIOS = tuple(1 - 0.05 * step for step in range(9))
 
 # Weights per chunk of rows in the search: its temporaries stay near 64 MB in float32.
