@@ -121,8 +121,9 @@ class StreamedModel:
     @torch.inference_mode()
     def embed(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Hidden states entering the first block: one [B, T, d] tensor per batch."""
-        with self._loaded(self._decoder.embed_tokens, "model.embed_tokens.") as embedding:
-            return [embedding(batch.input_ids.to(self.device)) for batch in batches]
+        # The one tensor that can be larger than blocks: kept in 16 bits, only what is looked up is converted.
+        with self._loaded(self._decoder.embed_tokens, "model.embed_tokens.", self.dtype) as embedding:
+            return [embedding(batch.input_ids.to(self.device)).to(self.compute_dtype) for batch in batches]
 
     @contextmanager
     def block(self, layer: int) -> Iterator[nn.Module]:
@@ -173,9 +174,9 @@ class StreamedModel:
             yield Head(norm, self._read(name))
 
     @contextmanager
-    def _loaded(self, module: nn.Module, prefix: str) -> Iterator[nn.Module]:
+    def _loaded(self, module: nn.Module, prefix: str, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
         expected = module.state_dict()
-        state = {name: self._read(prefix + name) for name in expected}
+        state = {name: self._read(prefix + name, dtype) for name in expected}
         for name, tensor in state.items():
             if tensor.shape != expected[name].shape:
                 raise ValueError(
@@ -188,8 +189,8 @@ class StreamedModel:
         finally:
             module.to("meta")
 
-    def _read(self, name: str) -> Tensor:
-        return self.files.read(name).to(device=self.device, dtype=self.compute_dtype)
+    def _read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.files.read(name).to(device=self.device, dtype=dtype or self.compute_dtype)
 
 
 def _compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
