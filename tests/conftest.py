@@ -5,9 +5,11 @@ import os
 import pytest
 import torch
 
-# Before vLLM is imported: no network, one engine in this process, threads left alone, a small cache.
+# Before vLLM is imported: no network, one engine in this process, threads left alone, a small cache, and the log that
+# tests read (an evaluation would turn it down for the whole process).
 os.environ.update(
     HF_HUB_OFFLINE="1",
+    VLLM_LOGGING_LEVEL="INFO",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_CPU_KVCACHE_SPACE="1",
