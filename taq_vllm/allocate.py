@@ -101,19 +101,18 @@ def allocate(files: ModelFiles, scores: Scores | None, request: Request) -> Plan
         raise ValueError(f"got {request.edges} edge layers at each end of a model of {files.layers} layers")
 
     sizes = _Sizes(files, request)
-    limit = sizes.limit_bytes(request.budget)
     ranking = scores.ranking if scores else list(range(files.layers))
     free = [layer for layer in ranking if not sizes.is_edge(layer)]
     candidates = _candidates(request.allocation, free)
     smallest = min(candidates, key=sizes.total)
     largest = max(candidates, key=sizes.total)
-    fitting = [bits for bits in candidates if sizes.total(bits) <= limit]
+    fitting = [bits for bits in candidates if sizes.total(bits) <= sizes.limit]
     if not fitting:
         raise ValueError(
             f"budget {request.budget} is below the smallest that {request.allocation!r} can meet here: "
             f"{sizes.describe(smallest)}. Ask for more, or protect fewer layers."
         )
-    if limit > sizes.total(dict.fromkeys(range(files.layers), 16), pinned=False):
+    if sizes.limit > sizes.full:
         raise ValueError(
             f"budget {request.budget} is above the full-precision model: the largest plan is "
             f"{sizes.describe(largest)}. Ask for less, or serve the model as it is."
@@ -152,7 +151,13 @@ class _Sizes:
         for name in files.matrices:
             self._by_layer.setdefault(layer_of(name), []).append(name)
         self._cache: dict[tuple[int, int], int] = {}
-        self.weights = sum(rows * columns for rows, columns in files.matrices.values())
+        self._weights = sum(rows * columns for rows, columns in files.matrices.values())
+        self.full = 2 * self._weights
+        """Bytes of the planned matrices in 16 bits."""
+        amount, unit = _parse_budget(request.budget)
+        self.asked = f"{amount:g}{unit}"
+        self.limit = amount * self._weights / 8 if unit == "bits" else amount * _UNITS[unit] - files.other_bytes
+        """The budget as bytes of the planned matrices."""
 
     def is_edge(self, layer: int) -> bool:
         return min(layer, self._files.layers - 1 - layer) < self._request.edges
@@ -168,10 +173,8 @@ class _Sizes:
             return self._request.edge_bits, "edge"
         return bits[layer], "score"
 
-    def total(self, bits: Mapping[int, int], pinned: bool = True) -> int:
-        """Bytes on disk of the planned matrices; without pins and edges if `pinned` is False."""
-        if not pinned:
-            return sum(weight_bytes(16, shape, True) for shape in self._files.matrices.values())
+    def total(self, bits: Mapping[int, int]) -> int:
+        """Bytes on disk of the planned matrices."""
         return sum(self._layer_total(layer, bits) for layer in self._by_layer)
 
     def _layer_total(self, layer: int, bits: Mapping[int, int]) -> int:
@@ -183,26 +186,20 @@ class _Sizes:
                 self._cache[key] += weight_bytes(chosen, self._files.matrices[name], self._request.symmetric[chosen])
         return self._cache[key]
 
-    def limit_bytes(self, budget: str) -> float:
-        """The budget as bytes of planned matrices."""
-        match = _BUDGET.match(budget)
-        if not match:
-            raise ValueError(
-                f"got budget {budget!r}; write it as 5.0bits, or in bytes as 4.2GiB (units: {', '.join(_UNITS)})"
-            )
-        amount, unit = float(match.group(1)), match.group(2)
-        if unit == "bits":
-            return amount * self.weights / 8
-        return amount * _UNITS[unit] - self._files.other_bytes
-
-    def average_bits(self, planned_bytes: int) -> float:
-        return 8 * planned_bytes / self.weights
-
     def describe(self, bits: Mapping[int, int]) -> str:
         planned = self.total(bits)
         # Rounded up, so that what is printed can be asked for.
-        average = -(-self.average_bits(planned) * 1000 // 1) / 1000
+        average = -(-8000 * planned // self._weights) / 1000
         return f"{average:.3f}bits or {planned + self._files.other_bytes}B"
+
+
+def _parse_budget(budget: str) -> tuple[float, str]:
+    match = _BUDGET.match(budget)
+    if not match:
+        raise ValueError(
+            f"got budget {budget!r}; write it as 5.0bits, or in bytes as 4.2GiB (units: {', '.join(_UNITS)})"
+        )
+    return float(match.group(1)), match.group(2)
 
 
 def _match_pins(files: ModelFiles, pins: Sequence[str]) -> dict[str, int]:
@@ -258,19 +255,12 @@ def _plan(
             score=values.get(layer),
             rank=ranks.get(layer),
         )
-    planned = sum(m.disk_bytes for m in matrices.values())
     settings: dict[str, Any] = {"edges": request.edges, "edge_bits": request.edge_bits, "pins": list(request.pins)}
     return Plan(
         base_model=files.ref,
         task=scores.task if scores else None,
         scorer=scores.scorer if scores else None,
         allocation=Allocation(name=request.allocation, settings=settings),
-        budget=Budget(
-            asked=request.budget,
-            average_bits=sizes.average_bits(planned),
-            planned_bytes=planned,
-            disk_bytes=planned + files.other_bytes,
-            resident_bytes=sum(m.resident_bytes for m in matrices.values()) + files.other_bytes,
-        ),
+        budget=Budget.of(sizes.asked, matrices, files.other_bytes),
         matrices=matrices,
     )

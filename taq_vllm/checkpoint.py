@@ -10,11 +10,13 @@ folder gets its final name only when everything, the manifest included, is in it
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,15 +99,24 @@ def quantize_model(
     if calibration.method == "clip" and task is None:
         raise ValueError("method 'clip' fits ranges on a task's inputs: give --task, or use --method rtn")
     made_by = _made_by(files, plan, calibration, task, device)
-    if output.exists():
-        if _manifest_of(output).get("made_by") == made_by:
-            return False
-        raise ValueError(f"{output} exists and holds something else: remove it, or choose another output")
-    partial = _open_partial(output, made_by)
+    if output.is_dir() and any(output.iterdir()):
+        manifest = _manifest_of(output)
+        if manifest.get("made_by") != made_by:
+            raise ValueError(f"{output} exists and holds something else: remove it, or choose another output")
+        _check_sizes(output, manifest)
+        _remove_leftovers(output)
+        return False
+    partial = output.with_name(f".{output.name}.partial")
     _check_free_space(output, plan, partial)
     try:
-        _write_blocks(files, plan, partial, calibration, task, device)
-        _write_rest(files, plan, partial, made_by)
+        with _alone_in(partial):
+            _keep_only_work_of(partial, made_by)
+            _write_blocks(files, plan, partial, calibration, task, device)
+            _write_rest(files, plan, partial, made_by)
+            _sync_folder(partial)
+            os.rename(partial, output)
+            _sync_folder(output.parent)
+            _remove_leftovers(output)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -114,8 +125,6 @@ def quantize_model(
             f"no space left while writing {output}; finished blocks are kept in {partial}. "
             "Free some space and run the same command again: it continues",
         ) from error
-    os.rename(partial, output)
-    _sync_folder(output.parent)
     return True
 
 
@@ -233,16 +242,12 @@ def verify(path: Path) -> Verified:
     manifest = _manifest_of(path)
     if not manifest:
         raise ValueError(f"{path} has no {MANIFEST_FILE}: it was not written by `taq quantize`, or not to its end")
-    again = "Write the checkpoint again with `taq quantize`, or restore the file."
+    _check_sizes(path, manifest)
+    again = _again(path)
     for name, entry in track(manifest["files"].items(), "verify: sha256", len(manifest["files"])):
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"{file} is missing. {again}")
-        if file.stat().st_size != entry["bytes"]:
-            raise ValueError(f"{file} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}. {again}")
-        if (found := _sha256(file)) != entry["sha256"]:
+        if (found := _sha256(path / name)) != entry["sha256"]:
             raise ValueError(
-                f"{file} changed: its sha256 is {found[:12]}, the manifest says {entry['sha256'][:12]}. {again}"
+                f"{path / name} changed: its sha256 is {found[:12]}, the manifest says {entry['sha256'][:12]}. {again}"
             )
     stray = [f.name for f in path.glob("*.safetensors") if f.name not in manifest["files"]]
     if stray:
@@ -287,9 +292,14 @@ def _made_by(files: ModelFiles, plan: Plan, calibration: Calibration, task: Task
         "base_fingerprint": files.ref.fingerprint,
         "plan_sha256": plan.sha256(),
         "method": calibration.method,
+        "companions": {file.name: _sha256(file) for file in [files.path / "config.json", *_companions(files)]},
     }
     if calibration.method == "clip":
         assert task is not None
+        if not task.calibration:
+            raise ValueError(
+                f"{task.path} has no calibration examples: add `calibration: FILE` to it, or use --method rtn"
+            )
         examples = min(calibration.examples, len(task.calibration))
         ref = TaskRef(name=task.name, data_sha256=task.calibration_sha256, examples=examples)
         # Ranges depend on the inputs, and these in their last bits on what computes them.
@@ -308,21 +318,61 @@ def _manifest_of(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not JSON ({error}): write the checkpoint again with `taq quantize`") from error
 
 
-def _open_partial(output: Path, made_by: dict[str, Any]) -> Path:
-    """The folder to write in; what an earlier run of the same request left in it is kept."""
-    partial = output.with_name(f".{output.name}.partial")
-    request = partial / _REQUEST
-    if partial.exists() and not (request.is_file() and json.loads(request.read_text(encoding="utf-8")) == made_by):
-        shutil.rmtree(partial)
+def _again(path: Path) -> str:
+    return f"Remove {path} and write it again with `taq quantize`, or restore the file."
+
+
+def _check_sizes(path: Path, manifest: dict[str, Any]) -> None:
+    """Check that every file of the manifest is there with its size."""
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing. {_again(path)}")
+        if file.stat().st_size != entry["bytes"]:
+            raise ValueError(
+                f"{file} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}. {_again(path)}"
+            )
+
+
+@contextmanager
+def _alone_in(partial: Path) -> Iterator[None]:
+    """Make the folder and hold it against other runs; the lock goes with the process."""
     partial.mkdir(parents=True, exist_ok=True)
-    write_atomically(request, json.dumps(made_by))
-    return partial
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another run is writing in {partial}: wait for it, or choose another output") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def _keep_only_work_of(partial: Path, made_by: dict[str, Any]) -> None:
+    """Empty the folder unless an earlier run of the same request left it."""
+    request = partial / _REQUEST
+    try:
+        same = json.loads(request.read_text(encoding="utf-8")) == made_by
+    except (OSError, ValueError):  # none, or cut off by a kill
+        same = False
+    if not same:
+        for file in partial.iterdir():
+            file.unlink()
+        write_atomically(request, json.dumps(made_by))
+
+
+def _remove_leftovers(output: Path) -> None:
+    """The records of the build; a kill after the renaming may have left them."""
+    for name in (_JOURNAL, _REQUEST):
+        (output / name).unlink(missing_ok=True)
 
 
 def _check_free_space(output: Path, plan: Plan, partial: Path) -> None:
-    written = sum(file.stat().st_size for file in partial.iterdir())
+    written = sum(file.stat().st_size for file in partial.iterdir()) if partial.exists() else 0
     needed = plan.budget.disk_bytes + _HEADER_ALLOWANCE - written
-    free = shutil.disk_usage(partial).free
+    existing = next(folder for folder in output.absolute().parents if folder.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise OSError(
             errno.ENOSPC,
@@ -394,12 +444,13 @@ def _write_blocks(
                 importance = _input_energy(model, layer, block, batches, hidden) if batches else {}
                 tensors = _quantize_block(prefix, block, entries, importance, model.dtype)
                 shards.save(layer, tensors)
-            if calibration.inputs == "quantized":
+            if batches and calibration.inputs == "quantized":
                 for name, module in matrices_of(block).items():
                     if entries[name].bits < 16:
                         replace_weight(module, unpack(prefix + name, tensors, entries[name]).dequantize())
                 after = [model.run(layer, block, states) for states in hidden]
-            hidden = after
+            if batches:
+                hidden = after
     if shards.name(model.layers) not in shards.done:
         outside = [name for name in files.tensors if not name.startswith("model.layers.")]
         shards.save(model.layers, {name: files.read(name).to(model.dtype) for name in outside})
@@ -471,9 +522,8 @@ def _write_rest(files: ModelFiles, plan: Plan, partial: Path, made_by: dict[str,
     config = {k: v for k, v in files.config.items() if k != "torch_dtype"}
     config |= {"dtype": dtype, "quantization_config": quantization_config(plan)}
     write_atomically(partial / "config.json", json.dumps(config, indent=2) + "\n")
-    for file in sorted(files.path.iterdir()):
-        if file.is_file() and file.suffix in _COPIED_SUFFIXES and file.name not in _NOT_COPIED:
-            shutil.copyfile(file, partial / file.name)
+    for file in _companions(files):
+        shutil.copyfile(file, partial / file.name)
     plan.save(partial / PLAN_FILE)
     content = sorted(file for file in partial.iterdir() if file.name not in (_JOURNAL, _REQUEST, MANIFEST_FILE))
     manifest = {
@@ -482,8 +532,15 @@ def _write_rest(files: ModelFiles, plan: Plan, partial: Path, made_by: dict[str,
         "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in content},
     }
     write_atomically(partial / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
-    for leftover in (_JOURNAL, _REQUEST):
-        (partial / leftover).unlink()
+
+
+def _companions(files: ModelFiles) -> list[Path]:
+    """Files of the base model that are copied: tokenizer, chat template, generation settings."""
+    return [
+        file
+        for file in sorted(files.path.iterdir())
+        if file.is_file() and file.suffix in _COPIED_SUFFIXES and file.name not in _NOT_COPIED
+    ]
 
 
 def _sha256(file: Path) -> str:

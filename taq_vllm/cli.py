@@ -26,6 +26,7 @@ _out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or its hub id.")]
 TaskOption = Annotated[Path, typer.Option("--task", help="Task header (task.yaml), its folder, or a bare .jsonl.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace another result that is at the output.")]
 Device = Annotated[str, typer.Option(help="Where blocks run: cpu, cuda, cuda:1 ...")]
 Setting = Annotated[list[str] | None, typer.Option("--set", help="A scorer's setting, as alpha=0.7. Repeatable.")]
 BudgetOption = Annotated[str, typer.Option(help="5.0bits (average, scales counted) or bytes of all weights: 4.2GiB.")]
@@ -46,13 +47,14 @@ def score(
     scorer: Annotated[str, typer.Option(help="taq (hidden states) or taqo (the oracle).")] = "taq",
     setting: Setting = None,
     device: Device = "cpu",
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Score every layer of a model for a task."""
     from taq_vllm.scorers import score as run
     from taq_vllm.tasks import load_task
 
-    scores, fresh = run(ModelFiles(model), load_task(task), scorer, output, _settings(setting), device)
+    scores, fresh = run(ModelFiles(model), load_task(task), scorer, output, _settings(setting), device, force)
     if as_json:
         _print_json(scores.model_dump(mode="json") | {"done_before": not fresh})
         return
@@ -73,6 +75,7 @@ def plan(
     edge_bits: EdgeBits = 16,
     pin: Pin = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes and average bits; write nothing.")] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Spend a budget: bits for every weight matrix."""
@@ -83,6 +86,8 @@ def plan(
     result = allocate(files, made, Request(budget, allocation, edges, edge_bits, tuple(pin or ())))
     fresh = not (output.is_file() and output.read_text(encoding="utf-8") == result.to_json())
     if not dry_run and fresh:
+        if output.exists() and not force:
+            raise ValueError(f"{output} is another plan: choose another output, or replace it with --force")
         result.save(output)
     if as_json:
         _print_json({"plan_sha256": result.sha256(), "done_before": not fresh, **_sizes(result)})

@@ -7,6 +7,7 @@ anything runs. Single tensors are read on demand, memory-mapped.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ ARCHITECTURES = (
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _FINGERPRINT_SAMPLE = 256  # bytes of each tensor: tells a fine-tuned model from its base, which headers cannot
 _BYTES_PER_PARAMETER = 2
+_DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1} | {
+    f"{kind}{bits}": bits // 8
+    for kind, widths in {"I": (16, 32, 64), "U": (16, 32, 64), "F": (16, 32, 64), "BF": (16,)}.items()
+    for bits in widths
+}
 
 
 def layer_of(matrix: str) -> int:
@@ -56,7 +62,7 @@ class ModelFiles:
 
     Attributes:
         path: the folder.
-        id: the name that the user gave (a folder or a hub id).
+        id: the hub id, or the name of the local folder.
         config: the content of config.json.
         tensors: every tensor by name.
     """
@@ -67,9 +73,10 @@ class ModelFiles:
         Raises:
             ValueError: no such model, no config.json, or a safetensors file that is missing or damaged.
         """
-        self.id = str(model)
         self.revision = revision
         self.path = _local_folder(str(model), revision)
+        # A folder goes by its name: plans travel, and the paths of the machine that made them mean nothing elsewhere.
+        self.id = self.path.resolve().name if Path(model).is_dir() else str(model)
         config_file = self.path / "config.json"
         if not config_file.is_file():
             raise ValueError(f"no config.json in {self.path}: give the folder of a Hugging Face model")
@@ -120,14 +127,8 @@ class ModelFiles:
     def other_bytes(self) -> int:
         """Bytes of everything that is not planned, in 16 bits: embeddings, norms, biases, the head."""
         planned = {f"{name}.weight" for name in self.matrices}
-        parameters = 0
-        for name, info in self.tensors.items():
-            if name not in planned:
-                count = 1
-                for side in info.shape:
-                    count *= side
-                parameters += count
-        return parameters * _BYTES_PER_PARAMETER
+        others = [info for name, info in self.tensors.items() if name not in planned]
+        return sum(math.prod(info.shape) for info in others) * _BYTES_PER_PARAMETER
 
     @cached_property
     def ref(self) -> ModelRef:
@@ -153,14 +154,18 @@ class ModelFiles:
         """One tensor, on the CPU, in the dtype it is stored in.
 
         Raises:
-            ValueError: the model has no such tensor.
+            ValueError: the model has no such tensor, or its file is damaged.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if name not in self.tensors:
             raise ValueError(f"{self.path} has no tensor {name}; restore the checkpoint from its source")
-        with safe_open(self.tensors[name].file, framework="pt") as file:
-            return file.get_tensor(name)
+        file = self.tensors[name].file
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                return tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read ({error}): restore it from its source") from error
 
 
 def _local_folder(model: str, revision: str | None) -> Path:
@@ -188,7 +193,10 @@ def _local_folder(model: str, revision: str | None) -> Path:
 def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is not an index of safetensors files: restore it from its source") from error
     else:
         names = ["model.safetensors"]
     tensors: dict[str, TensorInfo] = {}
@@ -210,22 +218,28 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(f"{file} is cut short inside its header ({size} bytes): restore it from its source")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ValueError(f"{file} has a damaged header ({error}): restore it from its source") from error
-    header.pop("__metadata__", None)
-    tensors = {
-        name: TensorInfo(
-            file=file,
-            dtype=entry["dtype"],
-            shape=tuple(entry["shape"]),
-            start=8 + length + entry["data_offsets"][0],
-            end=8 + length + entry["data_offsets"][1],
-        )
-        for name, entry in header.items()
-    }
-    expected = max((info.end for info in tensors.values()), default=8 + length)
-    if size != expected:
-        raise ValueError(f"{file} has {size} bytes, its header says {expected}: restore it from its source")
+        content = stream.read(length)
+    try:
+        header = json.loads(content)
+        header.pop("__metadata__", None)
+        tensors = {name: _tensor_info(file, entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} has a damaged header ({error}): restore it from its source") from error
+    end = 8 + length
+    for info in sorted(tensors.values(), key=lambda info: info.start):
+        if info.start != end:
+            raise ValueError(f"{file} has a damaged header (gaps between tensors): restore it from its source")
+        end = info.end
+    if size != end:
+        raise ValueError(f"{file} has {size} bytes, its header says {end}: restore it from its source")
     return tensors
+
+
+def _tensor_info(file: Path, entry: dict[str, Any], data_start: int) -> TensorInfo:
+    start, end = entry["data_offsets"]
+    info = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + end)
+    if any(not isinstance(side, int) or side < 0 for side in info.shape):
+        raise ValueError(f"shape {info.shape}")
+    if end - start != math.prod(info.shape) * _DTYPE_BYTES[info.dtype]:
+        raise ValueError(f"{end - start} bytes for {info.dtype} of shape {list(info.shape)}")
+    return info

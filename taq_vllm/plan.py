@@ -73,9 +73,10 @@ class ModelRef(_Record):
     """The model that a plan was made for."""
 
     id: str
+    """Hub id, or the name of the local folder."""
     revision: str | None = None
     fingerprint: str
-    """sha256 over the names, shapes and dtypes of all tensors (the safetensors headers)."""
+    """sha256 over names, shapes, dtypes and first bytes of all tensors: tells models apart, and proves no content."""
 
 
 class TaskRef(_Record):
@@ -113,6 +114,25 @@ class Budget(_Record):
     """Bytes on disk of all tensors, what is left in 16 bits included (file headers are not)."""
     resident_bytes: int
     """Bytes of all weights in the server's memory."""
+
+    @classmethod
+    def of(cls, asked: str, matrices: Mapping[str, "MatrixPlan"], other_bytes: int) -> "Budget":
+        """What matrices cost.
+
+        Args:
+            asked: the budget in the user's words.
+            matrices: bits and shapes.
+            other_bytes: of everything that is not planned.
+        """
+        planned = sum(m.disk_bytes for m in matrices.values())
+        weights = sum(m.shape[0] * m.shape[1] for m in matrices.values())
+        return cls(
+            asked=asked,
+            average_bits=8 * planned / weights,
+            planned_bytes=planned,
+            disk_bytes=planned + other_bytes,
+            resident_bytes=sum(m.resident_bytes for m in matrices.values()) + other_bytes,
+        )
 
 
 class MatrixPlan(_Record):
@@ -182,11 +202,13 @@ class Plan(_Record):
     def from_json(cls, text: str, where: str) -> "Plan":
         """Parse a plan; `where` names the source in errors.
 
+        Sizes are computed from the matrices again, so that a plan whose bits were edited by hand tells its own.
+
         Raises:
             ValueError: not JSON, an unknown or missing field, or a value that is not allowed.
         """
         try:
-            return cls.model_validate_json(text)
+            return cls.model_validate_json(text)._with_sizes()
         except ValidationError as error:
             lines = [
                 f"  {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg'].removeprefix('Value error, ')}"
@@ -210,6 +232,10 @@ class Plan(_Record):
         if not path.is_file():
             raise ValueError(f"no plan at {path}: make one with `taq plan`")
         return cls.from_json(path.read_text(encoding="utf-8"), where=str(path))
+
+    def _with_sizes(self) -> "Plan":
+        other_bytes = self.budget.disk_bytes - self.budget.planned_bytes
+        return self.model_copy(update={"budget": Budget.of(self.budget.asked, self.matrices, other_bytes)})
 
     def to_json(self) -> str:
         """Indented JSON, one matrix per line so that plans diff line by line."""
@@ -273,7 +299,10 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

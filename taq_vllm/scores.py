@@ -41,6 +41,7 @@ class Scores(_Record):
     layers: tuple[LayerScore, ...]
     seconds: float
     peak_memory_bytes: int
+    """Highest resident memory of the process until then, libraries included; a GPU's memory is not in it."""
 
     @property
     def ranking(self) -> list[int]:

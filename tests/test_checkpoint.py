@@ -165,6 +165,72 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(files, plan, ta
     assert not first.parent.exists()
 
 
+def test_killed_just_before_the_end_nothing_is_quantized_again(files, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "rename", lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(files, plan, tmp_path / "out", RTN)
+    monkeypatch.undo()
+    monkeypatch.setattr("taq_vllm.checkpoint.quantize", None)
+    assert quantize_model(files, plan, tmp_path / "out", RTN) is True
+    verify(tmp_path / "out")
+
+
+def test_two_runs_do_not_write_into_each_others_folder(files, plan, tmp_path):
+    from taq_vllm.checkpoint import _alone_in
+
+    with _alone_in(tmp_path / ".out.partial"), pytest.raises(ValueError, match="another run is writing"):
+        quantize_model(files, plan, tmp_path / "out", RTN)
+
+
+def test_a_damaged_checkpoint_is_not_called_finished(files, plan, written):
+    (written / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-00002-of-00004\.safetensors is missing\. Remove"):
+        quantize_model(files, plan, written, RTN)
+
+
+def test_another_tokenizer_makes_another_checkpoint(plan, tmp_path, files, written):
+    copy = ModelFiles(shutil.copytree(files.path, tmp_path / files.path.name))
+    config = tmp_path / files.path.name / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("512", "256"))
+    with pytest.raises(ValueError, match="holds something else"):
+        quantize_model(copy, plan, written, RTN)
+
+
+def test_another_spelling_of_the_folder_or_the_budget_is_the_same_plan(files, monkeypatch):
+    monkeypatch.chdir(files.path.parent)
+    hashes = {
+        allocate(ModelFiles(model), baseline_scores(files, "edges"), Request(budget)).sha256()
+        for model in (files.path, files.path.name, f"./{files.path.name}/")
+        for budget in ("6bits", "6.0bits", " 6.00 bits ")
+    }
+    assert len(hashes) == 1
+
+
+def test_clip_without_calibration_examples_says_what_to_add(files, plan, task, tmp_path):
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="no calibration examples"):
+        quantize_model(files, plan, tmp_path / "out", CLIP, replace(task, calibration=()))
+
+
+def test_a_write_that_finds_the_disk_full_says_how_to_go_on(files, plan, tmp_path, monkeypatch):
+    from taq_vllm.checkpoint import _Shards
+
+    save = _Shards.save
+
+    def full_at_the_second(self, number, tensors):
+        if number == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, number, tensors)
+
+    monkeypatch.setattr(_Shards, "save", full_at_the_second)
+    with pytest.raises(OSError, match=r"no space left .* run the same command again"):
+        quantize_model(files, plan, tmp_path / "out", RTN)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert quantize_model(files, plan, tmp_path / "out", RTN) is True
+
+
 def test_what_another_request_left_behind_is_not_mixed_in(files, plan, task, tmp_path):
     partial = tmp_path / ".out.partial"
     partial.mkdir()
@@ -180,7 +246,7 @@ def test_a_disk_known_to_be_too_small_is_refused_before_anything_is_written(file
     with pytest.raises(OSError, match=r"needs .* GB more") as error:
         quantize_model(files, plan, tmp_path / "out", RTN)
     assert error.value.errno == errno.ENOSPC
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

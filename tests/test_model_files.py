@@ -59,6 +59,28 @@ def test_a_damaged_header_is_named(folder):
         ModelFiles(folder)
 
 
+def test_any_flipped_bit_of_a_header_is_a_clear_error_or_harmless(folder):
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for place in range(0, header, 7):  # every byte of an 8 kB header would take a minute
+        for bit in (0, 3, 6):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << bit
+            file.write_bytes(flipped)
+            try:
+                ModelFiles(folder)
+            except ValueError as error:
+                assert "model.safetensors" in str(error)  # noqa: PT017
+
+
+def test_a_damaged_index_is_named(folder):
+    for content in ("{", "[]", "{}", '{"weight_map": 3}'):
+        (folder / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ValueError, match=r"index\.json is not an index"):
+            ModelFiles(folder)
+
+
 def test_a_missing_shard_is_named(folder):
     names = dict.fromkeys(load_file(folder / "model.safetensors"), "model-00002-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))

@@ -8,11 +8,12 @@ MODEL = ModelRef(id="model", fingerprint="f" * 64)
 
 
 def make_plan(**matrices: MatrixPlan) -> Plan:
+    matrices = matrices or {"a": entry()}
     return Plan(
         base_model=MODEL,
         allocation=Allocation(name="uniform"),
-        budget=Budget(asked="5bits", average_bits=5.0, planned_bytes=1, disk_bytes=2, resident_bytes=3),
-        matrices=matrices or {"a": entry()},
+        budget=Budget.of("5bits", matrices, other_bytes=1000),
+        matrices=matrices,
     )
 
 
@@ -43,6 +44,16 @@ def test_plan_survives_a_round_trip_through_its_file(tmp_path):
     plan = make_plan(**{"model.layers.0.self_attn.q_proj": entry(score=0.5, rank=0), "b": entry(bits=16)})
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_a_plan_edited_by_hand_tells_its_own_size(tmp_path):
+    plan = make_plan(a=entry(), b=entry())
+    plan.save(tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text()
+    (tmp_path / "plan.json").write_text(text.replace('"bits": 4', '"bits": 16', 1))
+    edited = Plan.load(tmp_path / "plan.json")
+    assert edited.budget == Budget.of("5bits", {"a": entry(bits=16), "b": entry()}, other_bytes=1000)
+    assert edited.budget.disk_bytes > plan.budget.disk_bytes
 
 
 def test_each_matrix_stands_on_a_line_of_its_own():

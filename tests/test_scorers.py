@@ -245,8 +245,11 @@ def test_a_finished_score_is_not_made_again_unless_something_changed(files, task
     again, fresh = score(files, task, "taq", output)
     assert not fresh
     assert again == first == Scores.load(output)
-    _, fresh = score(files, task, "taq", output, {"alpha": 0.25, "beta": 0.75})
-    assert fresh
+    other = {"alpha": 0.25, "beta": 0.75}
+    with pytest.raises(ValueError, match="holds other scores"):
+        score(files, task, "taq", output, other)
+    assert Scores.load(output) == first
+    assert score(files, task, "taq", output, other, force=True)[1]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def score(
     output: Path,
     settings: dict[str, Any] | None = None,
     device: str = "cpu",
+    force: bool = False,
 ) -> tuple[Scores, bool]:
     """Score every layer of a model for a task and write `scores.json`.
 
@@ -41,6 +42,7 @@ def score(
         output: where the scores go; a journal lies beside them until they are whole.
         settings: overrides of the scorer's own settings.
         device: where blocks run.
+        force: replace scores of another request that are at `output`.
 
     Returns:
         The scores, and whether they were made now (False: they were there already).
@@ -67,11 +69,19 @@ def score(
         previous = Scores.load(output)
         if previous.answers(files.ref, task_ref, scorer, recorded):
             return previous, False
+        if not force:
+            name = previous.task.name if previous.task else "no task"
+            raise ValueError(
+                f"{output} holds other scores ({previous.scorer.name} on {name}, {previous.model.id}): choose another "
+                "output, or replace them with --force"
+            )
 
     started = time.monotonic()
     model = StreamedModel(files, device)
     sequences = calibration_sequences(model, task, len(examples), module.WITH_COMPLETION)
-    request = json.dumps([files.ref.fingerprint, task_ref.model_dump(), scorer, recorded], sort_keys=True)
+    # What was computed elsewhere differs in its last bits, and is not continued here.
+    computed = [model.device.type, str(model.compute_dtype)]
+    request = json.dumps([files.ref.fingerprint, task_ref.model_dump(), scorer, recorded, computed], sort_keys=True)
     key = hashlib.sha256(request.encode()).hexdigest()[:12]
     journal = output.with_name(f"{output.name}.{key}.journal")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -37,7 +38,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bits: int = 4
+    bits: Literal[4, 8] = 4
     symmetric: bool = False
     gamma: float = Field(0.01, ge=0)
     """Layers whose exact match drops by at least this much are critical (eq. 7)."""
