@@ -41,6 +41,10 @@ activations to bf16 before every product, the plan's zeros besides, which is at 
 BF16_DISTANCE = 0.1
 """Nats. The random model's log-probabilities have a standard deviation of about 1 over the vocabulary, so an engine
 that computes anything else is off by as much; bf16 is off by a hundredth of it."""
+MATRIX_INSTRUCTIONS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16")
+"""Without the last two a CPU emulates products in bf16, which favours whoever avoids them."""
+QUIET = 0.9
+"""Share of its cores below which a child was not alone on them."""
 WARM_UP_TOKENS = 4
 FLOOR_BUFFER_BYTES = 1 << 30  # several times any cache; longer passes walk it again
 KV_CACHE_BYTES = 1 << 28  # the longest batch needs 8 * 96 tokens, the longest prompt 512
@@ -62,12 +66,22 @@ class Shape:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of every engine in every round."""
+    """What is asked of every engine.
+
+    Attributes:
+        rounds: of decoding.
+        first_token_rounds: of long prompts; the first so many rounds have one.
+        input_tokens: prompt length of a decoding request.
+        output_tokens: by batch size, the tokens decoded for each request.
+        first_token_input: length of the long prompt.
+        correctness_prompts: number of prompts whose log-probabilities are compared.
+        correctness_tokens: their length.
+    """
 
     rounds: int
+    first_token_rounds: int
     input_tokens: int
     output_tokens: dict[int, int]
-    """By batch size, the tokens decoded for each request."""
     first_token_input: int
     correctness_prompts: int = 4
     correctness_tokens: int = 24
@@ -75,8 +89,12 @@ class Workload:
 
 ONE_BILLION = Shape("llama-1.1B", 2048, 16, 8192, 32000, 32, 8)
 TINY = Shape("llama-tiny", 256, 6, 512, 512, 4, 2)
-FULL_WORKLOAD = Workload(rounds=5, input_tokens=32, output_tokens={1: 64, 8: 32}, first_token_input=512)
-QUICK_WORKLOAD = Workload(rounds=1, input_tokens=8, output_tokens={1: 8, 8: 8}, first_token_input=64)
+FULL_WORKLOAD = Workload(
+    rounds=5, first_token_rounds=2, input_tokens=32, output_tokens={1: 48, 8: 16}, first_token_input=512
+)
+QUICK_WORKLOAD = Workload(
+    rounds=1, first_token_rounds=1, input_tokens=8, output_tokens={1: 8, 8: 8}, first_token_input=64
+)
 
 
 # The contenders.
@@ -234,6 +252,18 @@ def _serve_questions(answers: Mapping[str, Callable[..., dict[str, Any]]]) -> No
         replies.flush()
 
 
+class _Stopwatch:
+    """Wall time, and how much of it this process ran."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def reading(self) -> dict[str, float]:
+        """Seconds since the start, and CPU time over them: below the number of threads, the cores were shared."""
+        seconds = time.perf_counter() - self._wall
+        return {"seconds": seconds, "cpu_share": (time.process_time() - self._cpu) / seconds}
+
+
 class Engine:
     """The child's side: one vLLM engine, in this process, stepped by hand."""
 
@@ -257,32 +287,31 @@ class Engine:
         """Decode greedily, all prompts in one batch.
 
         Returns:
-            `first_token_s` from adding the requests to the first token of the last of them; `decode_s` from there to
-            the end; the tokens decoded in it; and `cpu_share`, CPU time over wall time of this process: well below
-            the number of threads, the cores were not ours alone.
+            `first_token`: from adding the requests to the first token of the last of them; `decode`: from there to the
+            end; both as `_Stopwatch.reading`. `decoded_tokens`: in `decode`.
         """
         from vllm import SamplingParams
 
         engine = self._llm.llm_engine
         parameters = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
-        started, cpu_started = time.perf_counter(), time.process_time()
+        watch = _Stopwatch()
         for prompt in prompts:
             self._requests += 1
             engine.add_request(str(self._requests), {"prompt_token_ids": prompt}, parameters)
         produced: dict[str, int] = {}
-        first = None
+        first_token = None
         while engine.has_unfinished_requests():
             for output in engine.step():
                 produced[output.request_id] = len(output.outputs[0].token_ids)
-            if first is None and len(produced) == len(prompts):
-                first, before = time.perf_counter(), sum(produced.values())
-        ended = time.perf_counter()
+            if first_token is None and len(produced) == len(prompts):
+                first_token, before = watch.reading(), sum(produced.values())
+                watch = _Stopwatch()
+        decode = watch.reading()
         assert sum(produced.values()) == len(prompts) * output_tokens, "an engine must decode what it was asked for"
         return {
-            "first_token_s": first - started,
-            "decode_s": ended - first,
+            "first_token": first_token,
+            "decode": decode,
             "decoded_tokens": sum(produced.values()) - before,
-            "cpu_share": (time.process_time() - cpu_started) / (ended - started),
         }
 
     def logprobs(self, prompts: list[list[int]]) -> dict[str, Any]:
@@ -306,9 +335,11 @@ class Engine:
         import torch
 
         on_gpu = torch.cuda.is_available()
+        capabilities = torch.cpu.get_capabilities()
         [tensor_bytes] = self._llm.apply_model(_tensor_bytes)
         return {
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "instructions": [name for name in MATRIX_INSTRUCTIONS if capabilities.get(name)],
             "resident_bytes": torch.cuda.memory_allocated() if on_gpu else _private_bytes(),
             "tensor_bytes": tensor_bytes,
         }
@@ -366,13 +397,13 @@ def _child_floor(spec: dict[str, Any]) -> None:
     def read(bytes_: int) -> dict[str, Any]:
         """A matrix-vector product does one multiplication per 4 bytes: the fastest read that torch has."""
         rows = bytes_ // (4 * columns)
-        started = time.perf_counter()
+        watch = _Stopwatch()
         while rows > 0:
             buffer[:rows].mv(ones)
             rows -= buffer.shape[0]
         if device == "cuda":
             torch.cuda.synchronize()
-        return {"seconds": time.perf_counter() - started}
+        return watch.reading()
 
     _serve_questions({"read": read})
 
@@ -504,6 +535,11 @@ def measure(shape: Shape, workload: Workload, work: Path, cores: Sequence[int]) 
         floor.ask("read", bytes_=FLOOR_BUFFER_BYTES)
         values: dict[tuple[str, str], list[float]] = {}
         shares: dict[tuple[str, str], list[float]] = {}
+
+        def note(name: str, kind: str, value: float, reading: Mapping[str, float]) -> None:
+            values.setdefault((name, kind), []).append(value)
+            shares.setdefault((name, kind), []).append(reading["cpu_share"])
+
         for round_ in range(workload.rounds):
             order = CONTENDERS[round_ % len(CONTENDERS) :] + CONTENDERS[: round_ % len(CONTENDERS)]
             for batch, output_tokens in workload.output_tokens.items():
@@ -511,19 +547,16 @@ def measure(shape: Shape, workload: Workload, work: Path, cores: Sequence[int]) 
                     say(f"round {round_ + 1} of {workload.rounds}: batch {batch}, {name}")
                     asked = make_prompts(batch, workload.input_tokens, shape.vocabulary, seed=100 + round_)
                     answer = engines[name].ask("run", prompts=asked, output_tokens=output_tokens)
-                    key = (name, f"decode_tokens_per_s_batch_{batch}")
-                    values.setdefault(key, []).append(answer["decoded_tokens"] / answer["decode_s"])
-                    shares.setdefault(key, []).append(answer["cpu_share"])
+                    rate = answer["decoded_tokens"] / answer["decode"]["seconds"]
+                    note(name, f"decode_tokens_per_s_batch_{batch}", rate, answer["decode"])
                     if batch == 1:
-                        seconds = floor.ask("read", bytes_=expected[name].per_token)["seconds"]
-                        values.setdefault((name, "floor_tokens_per_s_batch_1"), []).append(1 / seconds)
-            for name in order:
+                        answer = floor.ask("read", bytes_=expected[name].per_token)
+                        note(name, "floor_tokens_per_s_batch_1", 1 / answer["seconds"], answer)
+            for name in order if round_ < workload.first_token_rounds else ():
                 say(f"round {round_ + 1} of {workload.rounds}: first token, {name}")
                 asked = make_prompts(1, workload.first_token_input, shape.vocabulary, seed=200 + round_)
                 answer = engines[name].ask("run", prompts=asked, output_tokens=1)
-                key = (name, "first_token_ms")
-                values.setdefault(key, []).append(1000 * answer["first_token_s"])
-                shares.setdefault(key, []).append(answer["cpu_share"])
+                note(name, "first_token_ms", 1000 * answer["first_token"]["seconds"], answer["first_token"])
         for name, engine in engines.items():
             values[name, "memory_after_requests_bytes"] = [engine.ask("memory")["resident_bytes"]]
     finally:
@@ -542,6 +575,7 @@ def measure(shape: Shape, workload: Workload, work: Path, cores: Sequence[int]) 
         "workload": asdict(workload),
         "budget": BUDGET,
         "device": loaded["bf16"]["device"],
+        "instructions": loaded["bf16"]["instructions"],
         "threads": len(cores),
         "bound_to_cores": list(cores),
         "eager": True,
@@ -558,15 +592,20 @@ def make_lines(
 
     Args:
         values: by (contender, measurement), one value per round, or one where there is only one.
-        shares: by the same keys, the share of a core that the process had, where time was measured.
+        shares: by the same keys, CPU time over wall time, where time was measured.
         settings: hardware, versions and what was asked; the same on every line.
     """
-    timed = {kind for _, kind in shares}
     values = dict(values)
-    for name in MUST_HOLD:
-        for kind in timed:
-            pairs = zip(values["plan-5bit", kind], values[name, kind], strict=True)
-            values["plan-5bit", f"{kind}_over_{name}"] = [ours / theirs for ours, theirs in pairs]
+
+    def divide(name: str, kind: str, over: tuple[str, str], label: str) -> None:
+        pairs = zip(values[name, kind], values[over], strict=True)
+        values[name, f"{kind}_over_{label}"] = [ours / theirs for ours, theirs in pairs]
+
+    for kind in {kind for _, kind in shares if not kind.startswith("floor")}:
+        for name in MUST_HOLD:
+            divide("plan-5bit", kind, (name, kind), name)
+    for name in CONTENDERS:
+        divide(name, "decode_tokens_per_s_batch_1", (name, "floor_tokens_per_s_batch_1"), "floor")
     return [
         {
             "benchmark": "serving",
@@ -576,7 +615,7 @@ def make_lines(
             "min": min(rounds),
             "max": max(rounds),
             "rounds": list(rounds),
-            **({"cpu_share": list(shares[name, kind])} if (name, kind) in shares else {}),
+            **({"cpu_shares": list(shares[name, kind])} if (name, kind) in shares else {}),
             **settings,
         }
         for (name, kind), rounds in sorted(values.items())
@@ -593,13 +632,14 @@ def render(lines: Sequence[dict[str, Any]]) -> list[Any]:
     found = {(line["contender"], line["measurement"]): line for line in lines}
     head = lines[0]
     table = Table(
-        title=f"serving {head['model']['name']}, random weights; {head['processor']}, device {head['device']}, "
-        f"{head['threads']} thread(s), eager, commit {head['commit']}; median (min-max) of {head['workload']['rounds']}"
+        title=f"serving {head['model']['name']}, random weights; {head['processor']} with "
+        f"{' '.join(head['instructions'])}; device {head['device']}, {head['threads']} thread(s), eager, "
+        f"commit {head['commit']}; median (min-max) of {head['workload']['rounds']}"
     )
     batches = list(head["workload"]["output_tokens"])
-    columns = ["contender", *(f"tokens/s, batch {b}" for b in batches), "floor, batch 1", "share of floor"]
-    columns += [f"first token of {head['workload']['first_token_input']}, ms", "memory MB", "weights planned MB"]
-    columns += ["load s", "dlogp own / bf16 weights"]
+    columns = ["contender", *(f"tokens/s, batch {b}" for b in batches), "per CPU second, batch 1"]
+    columns += ["floor, batch 1", "share of floor", f"first token of {head['workload']['first_token_input']}, ms"]
+    columns += ["memory MB", "weights planned MB", "load s", "dlogp own / bf16 weights"]
     for column in columns:
         table.add_column(column, justify="left" if column == "contender" else "right")
 
@@ -608,12 +648,14 @@ def render(lines: Sequence[dict[str, Any]]) -> list[Any]:
         return f"{line['median']:.{digits}f} ({line['min']:.{digits}f}-{line['max']:.{digits}f})"
 
     for name in CONTENDERS:
-        speed = found[name, "decode_tokens_per_s_batch_1"]["median"]
+        speed = found[name, "decode_tokens_per_s_batch_1"]
+        per_cpu_s = [rate / share for rate, share in zip(speed["rounds"], speed["cpu_shares"], strict=True)]
         table.add_row(
             name,
             *(spread(name, f"decode_tokens_per_s_batch_{b}") for b in batches),
+            f"{median(per_cpu_s):.1f} ({min(per_cpu_s):.1f}-{max(per_cpu_s):.1f})",
             spread(name, "floor_tokens_per_s_batch_1"),
-            f"{speed / found[name, 'floor_tokens_per_s_batch_1']['median']:.0%}",
+            f"{found[name, 'decode_tokens_per_s_batch_1_over_floor']['median']:.0%}",
             spread(name, "first_token_ms", 0),
             f"{found[name, 'memory_bytes']['median'] / 1e6:.0f}",
             f"{found[name, 'planned_weight_bytes']['median'] / 1e6:.0f}",
@@ -621,7 +663,9 @@ def render(lines: Sequence[dict[str, Any]]) -> list[Any]:
             f"{found[name, 'logprob_distance_own_weights']['median']:.4f} / "
             f"{found[name, 'logprob_distance_bf16_weights']['median']:.4f}",
         )
-    return [table, *requirements(lines)]
+    least = min(min(line["cpu_shares"]) for line in lines if "cpu_shares" in line) / head["threads"]
+    busy = f"The machine was not quiet: in one measurement an engine had {least:.0%} of its cores."
+    return [table, *requirements(lines), *([busy] if least < QUIET else [])]
 
 
 def requirements(lines: Iterable[dict[str, Any]]) -> list[str]:

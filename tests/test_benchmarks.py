@@ -15,7 +15,7 @@ from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import PLAN_FILE, Plan
 
 ROOT = Path(__file__).parent.parent
-HARDWARE = ("processor", "cores", "device", "threads", "versions", "commit", "time")
+HARDWARE = ("processor", "cores", "device", "instructions", "threads", "versions", "commit", "time")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,8 @@ def lines(plan_speed=(30.0, 10.0, 60.0), saved=1000):
         "model": {"name": "llama-test"},
         "workload": {"rounds": 3, "output_tokens": {"1": 64}, "first_token_input": 512},
         **dict.fromkeys(HARDWARE, "here"),
+        "instructions": ["avx2"],
+        "threads": 1,
     }
     return serving.make_lines(values, shares, settings)
 
@@ -95,6 +97,9 @@ def test_ratios_are_taken_within_a_round():
     [ratio] = [r for r in lines() if r["measurement"] == "decode_tokens_per_s_batch_1_over_bf16"]
     assert ratio["rounds"] == [1.5, 2.0, 1.5]
     assert ratio["median"] == 1.5
+    kind = "decode_tokens_per_s_batch_1_over_floor"
+    [share] = [r for r in lines() if (r["contender"], r["measurement"]) == ("bf16", kind)]
+    assert share["rounds"] == [0.2, 0.05, 0.4]
 
 
 def test_the_table_is_made_from_lines_alone():
@@ -105,6 +110,7 @@ def test_the_table_is_made_from_lines_alone():
     text = console.export_text()
     for cell in ("bf16", "stock-w4a16", "plan-5bit", "30.0 (10.0-60.0)", "20.0 (5.0-40.0)", "0.0100 / 0.3000"):
         assert cell in text
+    assert "had 40% of its cores" in text
 
 
 def test_requirements_are_judged_from_the_lines():
@@ -141,13 +147,14 @@ def test_the_memory_that_scoring_may_take_is_embedding_two_blocks_and_hidden_sta
     model, sequences, batches, _ = planning._prepare(case)
     shape = serving.TINY
     attention = shape.hidden * shape.hidden * 2 + shape.hidden * shape.hidden // shape.heads * shape.kv_heads * 2
-    block = 2 * (attention + 3 * shape.hidden * shape.intermediate + 2 * shape.hidden)
+    item = 2  # bytes, whatever the walk computes in
+    block = item * (attention + 3 * shape.hidden * shape.intermediate + 2 * shape.hidden)
     assert len(sequences) == 8
     assert all(64 <= len(s.input_ids) <= 128 for s in sequences)
     assert planning.allowed_bytes(model, batches) == {
-        "embedding": 2 * shape.vocabulary * shape.hidden,
+        "embedding": item * shape.vocabulary * shape.hidden,
         "two_blocks": 2 * block,
-        "hidden_states": 2 * shape.hidden * 8 * max(len(s.input_ids) for s in sequences),
+        "hidden_states": item * shape.hidden * 8 * max(len(s.input_ids) for s in sequences),
     }
 
 

@@ -143,7 +143,8 @@ def matrix_entropy(tokens: Tensor, examples: Tensor, example_count: int) -> Stat
         examples: [r] int64, where each token came from.
         example_count: number of calibration examples.
     """
-    centred = tokens.double() - tokens.double().mean(0)
+    centred = tokens.double()
+    centred = centred - centred.mean(0)
     rows = len(centred)
     eigenvalues, vectors = torch.linalg.eigh(centred @ centred.T / rows)
     eigenvalues = eigenvalues.clamp(min=0)
@@ -191,17 +192,17 @@ def score_layers(
     """
     sequences = sequences[: settings.max_examples]
     batches = make_batches(sequences, settings.batch_size, settings.max_tokens)
-    tokens = [_Tokens.of(batch) for batch in batches]
+    groups = _groups(batches, model.config.hidden_size, settings)
     hidden = model.embed(batches)
     entropies = []
     variances = []
     if settings.variance == "relative":
-        variances.append(_statistics(tokens, hidden, len(sequences), settings)[1])
+        variances.append(_statistics(groups, hidden, len(sequences), settings)[1])
     for layer in track(range(model.layers), "taq: information and stability", model.layers):
         with model.block(layer) as block:
             for i, states in enumerate(hidden):
                 hidden[i] = model.run(layer, block, states)
-        entropy, variance = _statistics(tokens, hidden, len(sequences), settings)
+        entropy, variance = _statistics(groups, hidden, len(sequences), settings)
         entropies.append(entropy)
         variances.append(variance)
     information = _stack(entropies)
@@ -235,33 +236,61 @@ def score_layers(
 
 
 @dataclass(frozen=True)
-class _Tokens:
-    """Where the real tokens of a batch are: their places in [B * T], and the example of each."""
+class _Group:
+    """Neighbouring batches that are looked at together, and the reservoir's draw among their tokens.
 
+    Attributes:
+        batches: which ones.
+        places: [n] int64, the real tokens' places in the batches' [B * T] vectors below each other.
+        owners: [n] int64, the example of each.
+        drawn: [m] int64, those of the n tokens that are in the reservoir.
+    """
+
+    batches: slice
     places: Tensor
-    examples: Tensor
+    owners: Tensor
+    drawn: Tensor
 
-    @classmethod
-    def of(cls, batch: Batch) -> "_Tokens":
-        is_token = batch.is_token
-        return cls(is_token.flatten().nonzero()[:, 0], batch.examples[:, None].expand_as(is_token)[is_token])
+
+def _groups(batches: Sequence[Batch], dimension: int, settings: Settings) -> list[_Group]:
+    """Which tokens are looked at: the same for every layer, so the reservoir is drawn once."""
+    reservoir = Reservoir(settings.reservoir, settings.seed)
+    parts: list[tuple[slice, Tensor, Tensor]] = []
+    starts = [0]
+    first = 0
+    while first < len(batches):
+        last, values = first, 0
+        while last < len(batches) and values < _CHUNK_VALUES:
+            values += batches[last].input_ids.numel() * dimension
+            last += 1
+        chosen = batches[first:last]
+        places = torch.cat([batch.is_token.flatten() for batch in chosen]).nonzero()[:, 0]
+        owners = torch.cat([batch.examples.repeat_interleave(batch.lengths) for batch in chosen])
+        reservoir.update(torch.arange(starts[-1], starts[-1] + len(places))[:, None], owners)
+        parts.append((slice(first, last), places, owners))
+        starts.append(starts[-1] + len(places))
+        first = last
+    numbers = reservoir.sample()[0][:, 0].sort().values
+    return [
+        _Group(*part, drawn=numbers[(numbers >= start) & (numbers < stop)] - start)
+        for part, start, stop in zip(parts, starts, starts[1:], strict=False)
+    ]
 
 
 def _statistics(
-    tokens: Sequence[_Tokens], hidden: Sequence[Tensor], examples: int, settings: Settings
+    groups: Sequence[_Group], hidden: Sequence[Tensor], examples: int, settings: Settings
 ) -> tuple[Statistic, Statistic]:
     """Entropy and variance of the hidden states [B, T, d] of all batches, padding left out."""
-    reservoir, moments = Reservoir(settings.reservoir, settings.seed), Moments(examples)
-    waiting: list[tuple[Tensor, Tensor]] = []
-    for index, (batch, states) in enumerate(zip(tokens, hidden, strict=True)):
-        vectors = states.flatten(0, 1)[batch.places.to(states.device)].float().cpu()
-        waiting.append((vectors, batch.examples))
-        if sum(part.numel() for part, _ in waiting) >= _CHUNK_VALUES or index == len(hidden) - 1:
-            chunk, owners = (torch.cat(parts) for parts in zip(*waiting, strict=True))
-            reservoir.update(chunk, owners)
-            moments.update(chunk, owners)
-            waiting.clear()
-    return matrix_entropy(*reservoir.sample(), examples), moments.variance(settings.moments)
+    moments = Moments(examples)
+    sampled = []
+    for group in groups:
+        states = [states.flatten(0, 1) for states in hidden[group.batches]]
+        below_each_other = states[0] if len(states) == 1 else torch.cat(states)
+        tokens = below_each_other.index_select(0, group.places.to(below_each_other.device)).float().cpu()
+        moments.update(tokens, group.owners)
+        sampled.append(tokens[group.drawn])
+    owners = torch.cat([group.owners[group.drawn] for group in groups])
+    return matrix_entropy(torch.cat(sampled), owners, examples), moments.variance(settings.moments)
 
 
 def _stack(statistics: Sequence[Statistic]) -> Statistic:
