@@ -53,6 +53,6 @@ peers-llmcompressor:
 	@"$(PYTHON)" requirements/setup_venv.py .venv-llmcompressor benchmarks/peers/llmcompressor-py311.lock
 
 clean:
-	rm -rf .venv .venv-llmcompressor demo build dist *.egg-info requirements/vllm-alias/build requirements/vllm-alias/*.egg-info
+	rm -rf .venv .venv.old .venv-llmcompressor .bench demo build dist *.egg-info requirements/vllm-alias/build requirements/vllm-alias/*.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -32,7 +32,7 @@ from taq_vllm.allocate import Request, allocate, baseline_scores
 from taq_vllm.checkpoint import Calibration, quantize_model, verify
 from taq_vllm.evaluate import Engine, Result, compare
 from taq_vllm.model_files import ModelFiles, layer_of
-from taq_vllm.plan import Plan
+from taq_vllm.plan import Plan, write_atomically
 from taq_vllm.report import (
     Row,
     TaskPanel,
@@ -105,7 +105,7 @@ def make_checkpoints(model: Path, name: str, budget: str, out: Path) -> Made:
     plans |= {label: allocate(files, scores, Request(budget)) for label, scores in orders.items()}
     checkpoints = {}
     for label, plan in plans.items():
-        slug = label.replace(" ", "-").lower()
+        slug = label.replace(" ", "-").lower() + (f"-{budget}" if label in CONTENDERS else "")
         plan.save(folder / "plans" / f"{slug}.json")
         checkpoints[label] = folder / slug
         quantize_model(files, plan, checkpoints[label], Calibration(), task)
@@ -183,7 +183,7 @@ def show(made: list[Made], rows: dict[str, list[Row]], budget: str, out: Path) -
         "Rows marked *plain* are the model before conditioning, the same function. Differences are paired over items, "
         "against full precision. A bold row beats the other plans of its size on every paired interval.\n"
     )
-    (out / "results.md").write_text("\n".join(text), encoding="utf-8")
+    write_atomically(out / "results.md", "\n".join(text))
     write_summary(made, rows, budget, out / "summary.jsonl")
     panels = [
         TaskPanel(one.task.name, one.taq, one.taqo, {label: one.plans[label] for label in CONTENDERS}) for one in made
@@ -224,7 +224,7 @@ def write_summary(made: list[Made], rows: dict[str, list[Row]], budget: str, pat
                     **stamp,
                 }
             )
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 YARDSTICK = "stock vLLM, dequantized weights"
+MOST_TIMES_STOCK = 1.2  # a plugin's distance to transformers, in yardsticks
 STOCK_SERVES = ("w4a16", "w4a16-asym")  # of the peers' checkpoints; stock vLLM has no 8-bit kernel on a CPU
 
 
@@ -82,8 +84,8 @@ def make_checkpoints(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def make_prompts(count: int) -> list[list[int]]:
-    """Token ids of test questions with their answers, the three tasks in turn."""
+def make_prompts(count: int) -> list[dict[str, list[int]]]:
+    """Token ids of test questions alone (`question`) and with their answers (`whole`), the three tasks in turn."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(LAB / "model")
@@ -190,7 +192,8 @@ def compare(found: list[dict[str, Any]], reference: list[dict[str, Any]], noise:
     Args:
         found: one way's results.
         reference: transformers' results, with the gap between its two most likely tokens at every place.
-        noise: the largest gap at which a differing token is put down to noise.
+        noise: the largest gap at which a differing token is put down to noise: the largest difference of a
+            log-probability that the yardstick shows.
     """
     differences = [
         abs(a - b)
@@ -199,10 +202,10 @@ def compare(found: list[dict[str, Any]], reference: list[dict[str, Any]], noise:
     ]
     flips = []
     for one, other in zip(found, reference, strict=True):
-        for place, (a, b) in enumerate(zip(one["greedy"], other["greedy"], strict=False)):
-            if a != b:
-                flips.append(other["gaps"][place])
-                break
+        places = zip_longest(one["greedy"], other["greedy"])  # a text that ends earlier differs there
+        place = next((i for i, (a, b) in enumerate(places) if a != b), None)
+        if place is not None:
+            flips.append(other["gaps"][min(place, len(other["gaps"]) - 1)])
     return {
         "prompts": len(found),
         "tokens": len(differences),
@@ -212,6 +215,21 @@ def compare(found: list[dict[str, Any]], reference: list[dict[str, Any]], noise:
         "flips_within_noise": None if noise is None else sum(gap <= noise for gap in flips),
         "largest_gap_at_a_flip": max(flips, default=0.0),
     }
+
+
+def requirements(lines: list[dict[str, Any]]) -> list[str]:
+    """What must hold of the plugin's lines and does not."""
+    missed = []
+    for line in lines:
+        if "plugin" not in line["way"]:
+            continue
+        if line["ratio_to_stock"] > MOST_TIMES_STOCK:
+            missed.append(f"MISSES: {line['way']}: {line['ratio_to_stock']:.2f}x of the yardstick")
+        if line["flips_within_noise"] < line["prompts"] - line["texts_equal"]:
+            missed.append(
+                f"MISSES: {line['way']}: a text differs where the likeliest two tokens are further apart than noise"
+            )
+    return missed
 
 
 def _compare_peer(checkpoint: Path, prompts: list[dict[str, list[int]]], noise: float) -> list[dict[str, Any]]:
@@ -270,6 +288,7 @@ def main() -> None:
     from rich.table import Table
 
     from benchmarks.provenance import provenance
+    from taq_vllm.plan import write_atomically
 
     with tempfile.TemporaryDirectory() as folder:
         paths = make_checkpoints(Path(folder))
@@ -293,18 +312,24 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "way" else "right")
     for line in lines:
         other = line["prompts"] - line["texts_equal"]
+        to_stock = f", {line['texts_equal_to_stock']} equal stock vLLM's" if "texts_equal_to_stock" in line else ""
         table.add_row(
             line["way"],
             f"{line['mean_abs_logprob_difference']:.4f}",
             f"{line['ratio_to_stock']:.2f}",
             f"{line['max_abs_logprob_difference']:.3f}",
-            f"{line['texts_equal']}/{line['prompts']}",
+            f"{line['texts_equal']}/{line['prompts']}{to_stock}",
             f"{line['flips_within_noise']}/{other}",
         )
-    Console(width=120).print(table)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    console = Console(width=120, highlight=False)
+    console.print(table)
     stamp = provenance()
-    arguments.out.write_text("".join(json.dumps({"benchmark": "parity", **line, **stamp}) + "\n" for line in lines))
+    text = "".join(json.dumps({"benchmark": "parity", **line, **stamp}) + "\n" for line in lines)
+    write_atomically(arguments.out, text)
+    missed = requirements(lines)
+    for sentence in missed or [f"holds: every way is within {MOST_TIMES_STOCK}x of the yardstick, texts within noise"]:
+        console.print(sentence)
+    sys.exit(1 if missed else 0)
 
 
 if __name__ == "__main__":

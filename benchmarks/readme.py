@@ -62,9 +62,10 @@ def parity_table(lines: list[Line]) -> str:
     for line in lines:
         others = line["prompts"] - line["texts_equal"]
         distance = line["mean_abs_logprob_difference"]
+        to_stock = f", {line['texts_equal_to_stock']} equal stock vLLM's" if "texts_equal_to_stock" in line else ""
         text.append(
             f"| {line['way']} | {distance:.4f} | {distance / yardstick:.2f} | "
-            f"{line['texts_equal']}/{line['prompts']} | {line['flips_within_noise']}/{others} |"
+            f"{line['texts_equal']}/{line['prompts']}{to_stock} | {line['flips_within_noise']}/{others} |"
         )
     return "\n".join(text)
 

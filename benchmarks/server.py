@@ -1,5 +1,6 @@
 """A real `vllm serve` on loopback, for as long as a block of code needs it."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -8,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from openai import APIConnectionError, InternalServerError, OpenAI
@@ -17,7 +17,7 @@ START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 30
 
 
-@contextmanager
+@contextlib.contextmanager
 def vllm_serve(model: Path, arguments: Sequence[str], env: Mapping[str, str] | None = None) -> Iterator[OpenAI]:
     """Serve a model; the server and all its processes are ended on leaving.
 
@@ -70,10 +70,9 @@ def _wait_until_it_answers(client: OpenAI, server: subprocess.Popen, log: tempfi
 
 
 def _end(server: subprocess.Popen) -> None:
-    if server.poll() is None:
-        os.killpg(server.pid, signal.SIGTERM)
-    try:
-        server.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+    """End the server's process group, also what a dead or stubborn leader left of it."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(STOP_TIMEOUT_S)

@@ -115,7 +115,12 @@ def build(venv: Path, lock: Path, alias: Path | None, project: Path | None) -> b
                 "then run the same command again."
             )
         _say(f"building {venv} from {lock.name} (about a minute with a fast connection)")
-        shutil.rmtree(venv, ignore_errors=True)
+        # Renamed first: deleting takes seconds, and half of an old environment must not be taken for somebody else's.
+        old = venv.with_name(f"{venv.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if venv.exists():
+            venv.rename(old)
+            shutil.rmtree(old)
         venv.mkdir(parents=True)
         (venv / OWNER_FILE).touch()
         _run([INTERPRETER, "-m", "venv", str(venv)], venv, "making the virtual environment")
