@@ -290,15 +290,15 @@ def _summary(plan: Plan) -> str:
 def _print_scores(scores: Scores) -> None:
     details = [name for name in scores.layers[0].details if not name.endswith("_stderr")]
     table = Table(title=f"{scores.scorer.name} on {scores.task.name if scores.task else 'no task'}")
-    for column in ("layer", "rank", "score", "stderr", "from zero", *details):
+    tested = any(not entry.from_zero for entry in scores.layers)
+    for column in ("layer", "rank", "score", "stderr", *(["from zero"] if tested else []), *details):
         table.add_column(column, justify="right")
     ranks = {layer: rank for rank, layer in enumerate(scores.ranking)}
     for entry in scores.layers:
         values = [str(v) if isinstance(v, bool) else f"{v:.4f}" for v in (entry.details[name] for name in details)]
         stderr = "" if entry.stderr is None else f"{entry.stderr:.4f}"
-        table.add_row(
-            str(entry.layer), str(ranks[entry.layer]), f"{entry.score:+.4f}", stderr, str(entry.from_zero), *values
-        )
+        marks = [str(entry.from_zero)] if tested else []
+        table.add_row(str(entry.layer), str(ranks[entry.layer]), f"{entry.score:+.4f}", stderr, *marks, *values)
     _out.print(table)
     _out.print(f"{scores.seconds:.1f} s, peak memory {scores.peak_memory_bytes / 1e6:.0f} MB")
 

@@ -11,19 +11,13 @@ statistics only have to leave the padded positions out. Works for the architectu
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from taq_vllm.model_files import ModelFiles
-
-
-class TokenSequence(Protocol):
-    """What a batch is made of (`tasks.TokenizedExample`)."""
-
-    input_ids: list[int]
-    prompt_len: int
+from taq_vllm.tasks import TokenizedExample
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Batch:
         return (place >= self.prompt_lengths[:, None] - 1) & (place < self.lengths[:, None] - 1)
 
 
-def make_batches(sequences: Sequence[TokenSequence], batch_size: int, max_tokens: int | None = None) -> list[Batch]:
+def make_batches(sequences: Sequence[TokenizedExample], batch_size: int, max_tokens: int | None = None) -> list[Batch]:
     """Group sequences of similar length, shortest first.
 
     Args:
@@ -106,12 +100,9 @@ class StreamedModel:
                 self.config, dtype=self.compute_dtype, attn_implementation="sdpa"
             )
         self._decoder = skeleton.model.eval().requires_grad_(False)
-        self._head = skeleton.lm_head.requires_grad_(False)
         # Its buffers are computed, not stored: build it again off the meta device.
         self._rotary = type(self._decoder.rotary_emb)(config=self.config).to(self.device)
         self._positions: dict[tuple[int, int, bool], dict[str, Any]] = {}
-        self.blocks_run = 0
-        """Block executions so far, one per block and batch: the unit of cost that tests count."""
 
     @property
     def layers(self) -> int:
@@ -145,7 +136,6 @@ class StreamedModel:
         kind = (*hidden.shape[:2], sliding)
         if kind not in self._positions:
             self._positions[kind] = self._position_arguments(hidden, sliding)
-        self.blocks_run += 1
         return block(hidden, **self._positions[kind])
 
     def _position_arguments(self, hidden: Tensor, sliding: bool) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from taq_vllm.plan import ScorerRef, TaskRef
 from taq_vllm.scorers import taq, taqo
 from taq_vllm.scores import Scores
 from taq_vllm.stream import StreamedModel
-from taq_vllm.tasks import Task, tokenize
+from taq_vllm.tasks import Task, TokenizedExample, tokenize
 
 SCORERS = {"taq": taq, "taqo": taqo}
 
@@ -99,7 +99,9 @@ def score(
     return scores, True
 
 
-def calibration_sequences(model: StreamedModel, task: Task, count: int, with_completion: bool) -> list[Any]:
+def calibration_sequences(
+    model: StreamedModel, task: Task, count: int, with_completion: bool
+) -> list[TokenizedExample]:
     """The first `count` calibration examples as tokens, with the model's own tokenizer.
 
     Raises:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from taq_vllm.progress import track
 from taq_vllm.scores import LayerScore
-from taq_vllm.stream import Batch, StreamedModel, TokenSequence, make_batches
+from taq_vllm.stream import Batch, StreamedModel, make_batches
+from taq_vllm.tasks import TokenizedExample
 
 WITH_COMPLETION = False
 
@@ -180,7 +181,7 @@ def z_score(statistic: Statistic) -> Statistic:
 
 
 def score_layers(
-    model: StreamedModel, sequences: Sequence[TokenSequence], settings: Settings, journal: Path
+    model: StreamedModel, sequences: Sequence[TokenizedExample], settings: Settings, journal: Path
 ) -> list[LayerScore]:
     """Score every layer from its hidden states.
 

@@ -25,7 +25,8 @@ from taq_vllm.plan import GROUP_SIZE, write_atomically
 from taq_vllm.progress import steps
 from taq_vllm.quantizer import quantize
 from taq_vllm.scores import LayerScore
-from taq_vllm.stream import Batch, StreamedModel, TokenSequence, make_batches, matrices_of, replace_weight
+from taq_vllm.stream import Batch, StreamedModel, make_batches, matrices_of, replace_weight
+from taq_vllm.tasks import TokenizedExample
 
 WITH_COMPLETION = True
 
@@ -60,7 +61,7 @@ class Answers:
 
 
 def score_layers(
-    model: StreamedModel, sequences: Sequence[TokenSequence], settings: Settings, journal: Path
+    model: StreamedModel, sequences: Sequence[TokenizedExample], settings: Settings, journal: Path
 ) -> list[LayerScore]:
     """Score every layer by the drop that it alone causes.
 
