@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compressed import compress_checkpoint, config_dict, scheme_of
+from compressed_tensors.utils.match import match_targets
+from huggingface_hub import constants
 from plans import make_plan, mixed
 from tiny_models import make_tiny
 from vllm.engine.arg_utils import EngineArgs
@@ -20,13 +22,13 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsConfig,
     CompressedTensorsLinearMethod,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 
 import taq_vllm
 from taq_vllm.checkpoint import Calibration, quantize_model
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import PLAN_FILE
+from taq_vllm.plugin import config as plugin_config
 from taq_vllm.plugin.config import TaqConfig
 from taq_vllm.plugin.linear import CheckedUnquantizedMethod, TaqLinearMethod
 
@@ -201,6 +203,59 @@ def test_plan_for_another_model_is_refused_before_anything_is_loaded(model, tmp_
         resolve(model, quantization="taq")
 
 
+@pytest.fixture
+def downloaded(tmp_path, monkeypatch):
+    """Put a model's files where a download from the hub leaves them; yields its id."""
+
+    def put(folder, pattern="*"):
+        cache = tmp_path / "hub"
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        repository = cache / "models--someone--model"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("c0ffee")
+        snapshot = repository / "snapshots" / "c0ffee"
+        snapshot.mkdir(parents=True)
+        for file in folder.glob(pattern):
+            (snapshot / file.name).symlink_to(file)
+        return "someone/model"
+
+    return put
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What the plugin warns of."""
+    lines = []
+    monkeypatch.setattr(plugin_config.logger, "warning", lambda message, *values: lines.append(message % values))
+    return lines
+
+
+def test_plan_for_another_fine_tune_of_a_hub_model_is_refused(model, plan, downloaded, warnings, tmp_path, monkeypatch):
+    name = downloaded(model)
+    monkeypatch.setenv("TAQ_PLAN", str(tmp_path / "plan.json"))
+    plan.save(tmp_path / "plan.json")
+    TaqConfig().maybe_update_config(name)
+    other = make_tiny("qwen3", tmp_path / "other", num_hidden_layers=2, seed=1)
+    make_plan(other, mixed).save(tmp_path / "plan.json")
+    with pytest.raises(ValueError, match="but someone/model has fingerprint"):
+        TaqConfig().maybe_update_config(name)
+    assert not warnings
+
+
+@pytest.mark.parametrize("there", ["config.json", "nothing"])
+def test_hub_model_that_is_not_downloaded_yet_is_served_with_a_warning(
+    model, plan, downloaded, warnings, tmp_path, monkeypatch, there
+):
+    plan.save(tmp_path / "plan.json")
+    monkeypatch.setenv("TAQ_PLAN", str(tmp_path / "plan.json"))
+    config = TaqConfig()
+    config.maybe_update_config(downloaded(model, there))
+    assert config.plan == plan
+    (line,) = warnings
+    assert "someone/model" in line
+    assert "not compared with the fingerprint in" in line
+
+
 def test_plan_that_was_exchanged_in_a_checkpoint_is_refused(checkpoint, model, copy):
     folder = copy(checkpoint)
     make_plan(model, lambda name: (8, True)).save(folder / PLAN_FILE)
@@ -213,6 +268,14 @@ def test_checkpoint_without_its_plan_is_refused(checkpoint, copy):
     (folder / PLAN_FILE).unlink()
     with pytest.raises(ValueError, match=rf"its {PLAN_FILE} is missing"):
         resolve(folder)
+
+
+def test_plan_that_names_the_head_is_refused(model, plan, copy):
+    folder = copy(model)
+    head = plan.matrices["model.layers.0.self_attn.k_proj"]
+    plan.model_copy(update={"matrices": {**plan.matrices, "lm_head": head}}).save(folder / PLAN_FILE)
+    with pytest.raises(ValueError, match=r"names lm_head, which .* does not have"):
+        resolve(folder, quantization="taq")
 
 
 def test_malformed_plan_is_an_error_that_names_the_field(model, plan, copy):
@@ -272,6 +335,37 @@ class TestMethods:
         assert specs(qkv(config)) == [(8, True)] * 3
         config = config_of({"Linear": (4, True)}, ignore=["model.layers.0.self_attn.qkv_proj"])
         assert type(qkv(config).quant_method) is UnquantizedLinearMethod
+
+    @pytest.mark.parametrize(
+        "bits_of",
+        [
+            {r"re:.*q_proj$": 4, r"re:.*k_proj$": 4, r"re:.*v_proj$": 8},
+            {r"re:.*self_attn.*": 4, V: 8},
+            {"Linear": 4, r"re:.*v_proj$": 8},
+            {"Linear": 4, r"re:.*k_proj$": 8, K: 4},
+            {r"re:.*v_proj$": 8, r"re:.*self_attn.*": 4},
+        ],
+    )
+    def test_targets_are_ranked_as_in_compressed_tensors(self, bits_of):
+        layer = qkv(config_of({target: (bits, True) for target, bits in bits_of.items()}))
+        linear = torch.nn.Linear(1, 1)
+        expected = [bits_of[match_targets(name, linear, bits_of)[0]] for name in (self.Q, self.K, self.V)]
+        assert specs(layer) == [(bits, True) for bits in expected]
+
+    def test_expression_for_a_part_does_not_reach_the_whole_fused_layer(self):
+        """`up_proj` ends `gate_up_proj`, and `v_proj` ends `qkv_proj`."""
+        config = config_of({r"re:.*gate_proj": (4, True), r"re:.*up_proj": (8, True)})
+        prefix = "model.layers.0.mlp.gate_up_proj"
+        layer = MergedColumnParallelLinear(256, [128, 128], bias=False, quant_config=config, prefix=prefix)
+        assert specs(layer) == [(4, True), (8, True)]
+        config = config_of({"Linear": (4, True)}, ignore=["re:.*v_proj"])
+        assert specs(qkv(config)) == [(4, True), (4, True), (16, True)]
+        assert specs(qkv(config_of({"re:.*v_proj": (8, True)}))) == [(16, True), (16, True), (8, True)]
+
+    def test_a_parts_own_target_goes_before_that_of_the_fused_layer(self):
+        fused = "model.layers.0.self_attn.qkv_proj"
+        config = config_of({fused: (4, True), r"re:.*\.k_proj": (8, True), "Linear": (8, False)})
+        assert specs(qkv(config)) == [(4, True), (8, True), (4, True)]
 
     def test_uniform_checkpoint_is_ours_too(self):
         assert specs(qkv(config_of({"Linear": (4, True)}))) == [(4, True)] * 3
@@ -383,11 +477,6 @@ class TestPlans:
         entry = plan.matrices[self.K].model_copy(update={"shape": (256, 256)})
         with pytest.raises(ValueError, match=r"k_proj is \[128, 256\] in this model and \[256, 256\] in the plan"):
             qkv(planned({self.K: entry}))
-
-    def test_head_cannot_be_rounded_while_loading(self, planned, plan):
-        config = planned({"lm_head": plan.matrices[self.K]})
-        with pytest.raises(ValueError, match="lm_head 8 bits, but the head cannot be quantized while loading"):
-            ParallelLMHead(3072, 256, quant_config=config, prefix="lm_head")
 
     def test_planned_layer_of_an_unknown_kind_is_an_error(self, planned, plan):
         class Peculiar(MergedColumnParallelLinear):

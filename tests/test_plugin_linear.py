@@ -1,9 +1,13 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import vllm.model_executor.layers.linear as vllm_linear
 from compressed import compress_matrix, config_dict
+from plans import make_plan, mixed
+from tiny_models import make_tiny
+from transformers import AutoConfig
 from vllm.lora.layers.utils import _get_lora_device
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -13,7 +17,9 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from taq_vllm.plan import MatrixPlan, resident_bytes
+from taq_vllm.checkpoint import Calibration, quantize_model
+from taq_vllm.model_files import ModelFiles
+from taq_vllm.plan import PLAN_FILE, MatrixPlan, resident_bytes
 from taq_vllm.plugin.config import TaqConfig
 from taq_vllm.plugin.linear import DenseRun, PackedRun
 from taq_vllm.quantizer import quantize
@@ -284,7 +290,8 @@ def test_rounding_while_loading_sees_whole_groups_on_every_rank(as_rank, key):
     columns, size = 640, 2
     name = f"{PREFIX}.down_proj"
     weight = torch.randn(64, columns, generator=torch.Generator().manual_seed(8))
-    expected = quantize(weight, *key).dequantize()
+    rounded = quantize(weight.bfloat16(), *key)  # fp32 models become bf16 first
+    expected = replace(rounded, scale=rounded.scale.float()).dequantize()
     x = activations(3, columns, torch.float32)
     total = 0
     for rank in range(size):
@@ -297,6 +304,38 @@ def test_rounding_while_loading_sees_whole_groups_on_every_rank(as_rank, key):
         load(layer, disk, {"down_proj": None})
         total = total + output(layer, x.chunk(size, 1)[rank].contiguous())
     assert error(total, x, expected) < 1e-6
+
+
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.float16])
+def test_rounding_while_loading_is_the_offline_checkpoint_whatever_the_dtypes(model_dtype, tmp_path, monkeypatch):
+    model = make_tiny("qwen3", tmp_path / "model", dtype=model_dtype, num_hidden_layers=1)
+    plan = make_plan(model, mixed)
+    quantize_model(ModelFiles(model), plan, tmp_path / "offline", Calibration(method="rtn"))
+    plan.save(model / PLAN_FILE)
+    name = f"{PREFIX}.self_attn"
+
+    def load_from(folder, engine_dtype):
+        hf_config = AutoConfig.from_pretrained(folder)
+        stored = getattr(hf_config, "quantization_config", None)
+        config = TaqConfig.from_config(stored) if stored else TaqConfig()
+        config.packed_modules_mapping = dict(FUSED)
+        config.maybe_update_config(str(folder), hf_config)
+        monkeypatch.setattr(config, "check_all_claimed", lambda: None)
+        disk, files = Disk(engine_dtype), ModelFiles(folder)
+        for matrix in QKV:
+            start = f"{name}.{matrix}."
+            kinds = [tensor.removeprefix(start) for tensor in files.tensors if tensor.startswith(start)]
+            disk.tensors[f"{PREFIX}.{matrix}"] = {kind: files.read(start + kind) for kind in kinds}
+        layer = QKVParallelLinear(
+            256, 64, 4, 2, bias=False, params_dtype=engine_dtype, quant_config=config, prefix=f"{name}.qkv_proj"
+        )
+        return dict(load(layer, disk, QKV).named_buffers())
+
+    for engine_dtype in (torch.bfloat16, torch.float16, torch.float32):
+        online, offline = (load_from(folder, engine_dtype) for folder in (model, tmp_path / "offline"))
+        assert online.keys() == offline.keys()
+        assert len(online) == 4  # planes and scales of q and k
+        assert all(torch.equal(online[key], offline[key]) for key in online)
 
 
 def test_row_parallel_split_into_pieces_below_32_names_the_sizes_that_work(as_rank):

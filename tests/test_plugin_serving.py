@@ -3,15 +3,11 @@
 import gc
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import openai
 import pytest
 import torch
 from compressed import compress_checkpoint, scheme_of
@@ -25,6 +21,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
+from benchmarks.server import vllm_serve
 from taq_vllm.checkpoint import Calibration, quantize_model
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import PLAN_FILE
@@ -276,7 +273,7 @@ def test_two_ranks_agree_with_transformers(checkpoint, tmp_path):
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
     }
     result = subprocess.run(
         [sys.executable, str(main)], env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -288,37 +285,13 @@ def test_two_ranks_agree_with_transformers(checkpoint, tmp_path):
 
 @pytest.mark.engine
 def test_vllm_serve_compiles_and_answers_over_http(checkpoint, served, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(checkpoint), "--quantization", "taq"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256", "--max-num-seqs", "8"]
-    log = tmp_path / "server.log"
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                name = client.models.list().data[0].id
-                break
-            except openai.APIConnectionError:
-                assert server.poll() is None, log.read_text()[-3000:]
-                assert time.monotonic() < deadline, log.read_text()[-3000:]
-                time.sleep(1)
-        logprobs = []
+    arguments = ["--quantization", "taq", "--max-model-len", "256", "--max-num-seqs", "8"]
+    logprobs = []
+    with vllm_serve(checkpoint, arguments, env={"VLLM_CACHE_ROOT": str(tmp_path / "cache")}) as client:
         for prompt in PROMPTS:
             answer = client.completions.create(
-                model=name, prompt=prompt, max_tokens=1, temperature=0, echo=True, logprobs=0
+                model=str(checkpoint), prompt=prompt, max_tokens=1, temperature=0, echo=True, logprobs=0
             )
             logprobs.append(torch.tensor(answer.choices[0].logprobs.token_logprobs[1 : len(prompt)]))
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
-    assert log.read_text().count("matrices: ") == 1
     difference = torch.cat([(a - b).abs() for a, b in zip(logprobs, served[1], strict=True)]).mean()
     assert difference < MEAN_DIFFERENCE

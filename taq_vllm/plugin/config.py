@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
+from huggingface_hub import snapshot_download
 from taq_kernels import ops
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
@@ -29,7 +30,6 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.utils.config_utils import is_equal_or_regex_match
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
 from taq_vllm.model_files import ModelFiles
@@ -53,6 +53,7 @@ class TaqConfig(CompressedTensorsConfig):
     Attributes:
         plan: what each matrix gets; None for a checkpoint that carries no plan.
         rounds_while_loading: the checkpoint is in 16 bits and the plan says what becomes of it.
+        rounding_dtype: 16-bit dtype that weights have when they are rounded while loading, whatever the engine's.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class TaqConfig(CompressedTensorsConfig):
             total_num_kv_heads,
         )
         self.rounds_while_loading = config is None
+        self.rounding_dtype = torch.bfloat16
         self.plan: Plan | None = None
         self._planned: dict[str, tuple[str, MatrixPlan]] = {}
         """By vLLM's name: Hugging Face's name and what the plan says."""
@@ -129,6 +131,8 @@ class TaqConfig(CompressedTensorsConfig):
         self._planned = {name: (name, matrix) for name, matrix in plan.matrices.items()}
         if hf_config is not None:
             hf_config.taq_plan_sha256 = plan.sha256()
+            if getattr(hf_config, "dtype", None) == torch.float16:
+                self.rounding_dtype = torch.float16  # as in `taq quantize`: fp32 models become bf16
 
     def _plan_for_16_bits(self, model_name: str, named: str | None, revision: str | None) -> Plan:
         where = named or f"{model_name}/{PLAN_FILE}"
@@ -142,10 +146,7 @@ class TaqConfig(CompressedTensorsConfig):
                 "  or, instead of this model, a checkpoint that `taq quantize` wrote from it.\n"
                 "A plan is made with `taq score` and `taq plan`."
             )
-        folder = Path(model_name)
-        if any(folder.glob("*.safetensors")):
-            files = ModelFiles(folder)
-            plan.check_fits(files.ref, files.matrices, where)
+        _check_fits(plan, where, model_name, revision)
         return plan
 
     def _plan_of_checkpoint(self, model_name: str, named: str | None, revision: str | None) -> Plan | None:
@@ -194,14 +195,6 @@ class TaqConfig(CompressedTensorsConfig):
                 self._claimed.update(planned)
                 self._open_layers += bool(quantized or planned)
                 return (TaqLinearMethod if quantized else CheckedUnquantizedMethod)(self, specs)
-        elif isinstance(layer, ParallelLMHead) and prefix in self._planned:
-            name, matrix = self._planned[prefix]
-            if self.rounds_while_loading and matrix.bits < 16:
-                raise ValueError(
-                    f"the plan gives {name} {matrix.bits} bits, but the head cannot be quantized while loading; "
-                    "write a checkpoint with `taq quantize`, or plan 16 bits for it"
-                )
-            self._claimed.add(name)
         return super().get_quant_method(layer, prefix)
 
     def _specs(self, layer: LinearBase, prefix: str) -> list[MatrixSpec] | None:
@@ -236,7 +229,9 @@ class TaqConfig(CompressedTensorsConfig):
         """What the plan says of a matrix; 16 bits for one outside the plan."""
         if name in self._planned:
             original, matrix = self._planned[name]
-            return MatrixSpec(original, matrix.bits, matrix.symmetric, matrix.shape, stored=False)
+            return MatrixSpec(
+                original, matrix.bits, matrix.symmetric, matrix.shape, stored=False, rounding_dtype=self.rounding_dtype
+            )
         kind = _kind(name)
         relatives = [other for other in self._planned if _kind(other) == kind]
         if relatives:
@@ -249,11 +244,8 @@ class TaqConfig(CompressedTensorsConfig):
     def _stored_spec(self, layer: LinearBase, prefix: str, name: str) -> MatrixSpec | None:
         """What `config_groups` and `ignore` say of a matrix; None if it is a scheme of the parent's."""
         original = self._planned[name][0] if name in self._planned else name
-        if any(is_equal_or_regex_match(candidate, entry) for candidate in (prefix, name) for entry in self.ignore):
-            return MatrixSpec(original, 16, True, None, stored=True)
-        scheme = self._scheme_of(prefix) or self._scheme_of(name)
-        # As in the parent, a target such as "Linear" stands for every layer with that in its class's name.
-        scheme = scheme or self._scheme_of(type(layer).__name__, check_contains=True)
+        is_ignored = any(entry == prefix or is_equal_or_regex_match(name, entry) for entry in self.ignore)
+        scheme = None if is_ignored else self._scheme_of(layer, prefix, name)
         if scheme is None:
             return MatrixSpec(original, 16, True, None, stored=True)
         weights: QuantizationArgs = scheme["weights"]
@@ -270,11 +262,24 @@ class TaqConfig(CompressedTensorsConfig):
         )
         return MatrixSpec(original, weights.num_bits, weights.symmetric, None, stored=True) if ours else None
 
-    def _scheme_of(self, name: str, check_contains: bool = False) -> dict[str, Any] | None:
-        for target, scheme in self.target_scheme_map.items():
-            if is_equal_or_regex_match(name, target, check_contains=check_contains):
-                return scheme
-        return None
+    def _scheme_of(self, layer: LinearBase, prefix: str, name: str) -> dict[str, Any] | None:
+        """The scheme of the most specific target, ranked as in compressed-tensors: name, expression, class.
+
+        Expressions were written for the names on disk: `.*v_proj` is not meant for `qkv_proj`, so the fused layer's
+        name counts only where it is spelled out.
+        """
+        schemes = self.target_scheme_map
+        # compressed-tensors sorts expressions, whatever their order in the file.
+        expressions = sorted(target for target in schemes if target.startswith("re:"))
+        # As in the parent, a target such as "Linear" stands for every layer with that in its class's name.
+        kind = type(layer).__name__.lower()
+        ranked = [
+            name,
+            *(target for target in expressions if is_equal_or_regex_match(name, target)),
+            prefix,
+            *(target for target in schemes if target.lower() in kind),
+        ]
+        return next((schemes[target] for target in ranked if target in schemes), None)
 
     def _check_against_plan(self, name: str, stored: MatrixSpec | None) -> None:
         planned = self._planned_spec(name)
@@ -326,6 +331,32 @@ class TaqConfig(CompressedTensorsConfig):
 def _plan_beside(model_name: str, revision: str | None) -> Plan | None:
     content = get_hf_file_bytes(PLAN_FILE, model_name, revision)
     return None if content is None else Plan.from_json(content.decode(), where=f"{model_name}/{PLAN_FILE}")
+
+
+def _check_fits(plan: Plan, where: str, model_name: str, revision: str | None) -> None:
+    """Check that a plan is for this model, if the model's files are on this machine; else say what was not checked.
+
+    Raises:
+        ValueError: the plan is for another model, or the model's folder is damaged.
+    """
+    folder = Path(model_name)
+    try:
+        if not folder.is_dir():
+            folder = Path(snapshot_download(model_name, revision=revision, local_files_only=True))
+        files = ModelFiles(folder)
+    except (OSError, ValueError) as error:
+        if any(Path(model_name).glob("*.safetensors")):
+            raise
+        logger.warning(
+            "taq: the weights of %s cannot be read yet (%s), so they were not compared with the fingerprint in %s: "
+            "a plan for another fine-tune with the same shapes goes unnoticed. Started again after the download, this "
+            "is checked.",
+            model_name,
+            str(error).splitlines()[0],
+            where,
+        )
+        return
+    plan.check_fits(files.ref.model_copy(update={"id": model_name}), files.matrices, where)
 
 
 def _kind(name: str) -> str:

@@ -59,6 +59,7 @@ class MatrixSpec:
         symmetric: no zero points are stored.
         shape: (N, K) that the plan says; None without a plan.
         stored: the checkpoint holds it with these bits; else it holds 16 bits and rounding happens while loading.
+        rounding_dtype: what weights that are not `stored` are cast to before they are rounded, as `taq quantize` does.
     """
 
     name: str
@@ -66,6 +67,7 @@ class MatrixSpec:
     symmetric: bool
     shape: tuple[int, int] | None
     stored: bool
+    rounding_dtype: torch.dtype = torch.bfloat16
 
     def describe(self) -> str:
         """Bits and symmetry in words."""
@@ -217,7 +219,8 @@ class Matrix:
                 zero_words = self.tensors["weight_zero_point"]
                 zero_point = self._take_rows(packing.unpack_zero_points(zero_words, bits, self.shape[0]))
         else:
-            rounded = quantize(self._take_rows(self.tensors["weight"]).to(device), bits, self.spec.symmetric)
+            weight = self._take_rows(self.tensors["weight"]).to(device, self.spec.rounding_dtype)
+            rounded = quantize(weight, bits, self.spec.symmetric)
             codes = rounded.codes[:, self.columns]
             scale = rounded.scale
             zero_point = None if self.spec.symmetric else rounded.zero_point
