@@ -113,6 +113,8 @@ def make_checkpoints(model: Path, name: str, budget: str, out: Path) -> Made:
     plan = allocate(plain, None, Request(UNIFORM["uniform 4-bit"], "uniform"))
     checkpoints[PLAIN_4] = folder / "plain-uniform-4-bit"
     quantize_model(plain, plan, checkpoints[PLAIN_4], Calibration(), task)
+    if len({plans[label].budget.disk_bytes for label in CONTENDERS}) > 1:
+        raise RuntimeError("the compared plans differ in size: choose a budget at which they do not")
     for label in CONTENDERS:
         bits = {layer_of(n): m.bits for n, m in plans[label].matrices.items()}
         console.print(
@@ -232,12 +234,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything that is made")
     parser.add_argument("--budget", default="5.0bits", help="of the plans: average bits or bytes")
-    parser.add_argument("--test-items", type=int, default=500, help="test items per task")
+    parser.add_argument("--test-items", type=int, default=200, help="test items per task, of 500")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="the tasks to do")
     arguments = parser.parse_args()
     out = arguments.out
     started = time.monotonic()
     model = make_model(out)
-    made = [make_checkpoints(model, name, arguments.budget, out) for name in TASKS]
+    made = [make_checkpoints(model, name, arguments.budget, out) for name in arguments.tasks]
     rows = evaluate_all(model, made, arguments.test_items, out)
     serve_one(made[0], "TAQO")
     show(made, rows, arguments.budget, out)
