@@ -24,8 +24,8 @@ def demo_table(lines: list[Line]) -> str:
     """Every plan of every task."""
     first = lines[0]
     text = [
-        f"**Accuracy at equal bytes** (`make demo ARGS="--test-items 500"`): the lab model *{_variants(lines)}*, n {first['n']} per task, "
-        f"budget {first['budget']}, greedy, vLLM's CPU engine. In brackets 95% intervals; differences are paired with "
+        "**Accuracy at equal bytes** (`make demo ARGS='--test-items 500'`): the lab model "
+        f"*{_variants(lines)}*, n {first['n']} per task, budget {first['budget']}, greedy, vLLM's CPU engine. In brackets 95% intervals; differences are paired with "
         "full precision. Bold: beats the other plans of its size on every paired interval.\n",
         "| task | plan | metric, % | difference | answer NLL | bits | MB | tokens/s |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
