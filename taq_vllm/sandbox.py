@@ -1,12 +1,13 @@
 """Runs a model's Python code against unit tests, in a child process that cannot do much else.
 
 One process per candidate: own process group, empty environment, scratch folder that is deleted, limits on CPU time,
-wall-clock time, memory, file sizes and processes, no network; `sandbox_child.py` says how. A verdict counts only if it
-carries a secret that the child was given, so code that exits early, prints whatever, or is killed has failed.
+wall-clock time, memory, number and sizes of files, and processes, no network, and not as root; `sandbox_child.py` says
+how. A verdict counts only if it carries a secret that the child was given, so code that exits early, prints whatever,
+or is killed has failed.
 
 This holds off the accidents and common tricks of generated code. It is no security boundary against a program that
-was written to attack this very file: it shares an interpreter with its tests. Nothing runs unless it is allowed
-explicitly.
+was written to attack this very file: it shares an interpreter with its tests, and what Python's audit events do not
+show is left to the kernel's limits and permissions. Nothing runs unless it is allowed explicitly.
 """
 
 import ast
@@ -25,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from taq_vllm.sandbox_child import EQUAL
+from taq_vllm.sandbox_child import EQUAL, NOBODY
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 # No site packages, no bytecode files, no user folder, no script folder on the path. Not -I, which would ignore
@@ -45,6 +46,8 @@ class Limits:
     """Address space, the interpreter's own included."""
     file_bytes: int = 2**20
     """Largest file in the scratch folder."""
+    files: int = 64
+    """Files that may be written there; times `file_bytes`, what ordinary code can put on the disk (the audit hook counts)."""
 
 
 @dataclass(frozen=True)
@@ -117,16 +120,29 @@ def run_all(
 
 
 def require_permission(allow: bool) -> None:
-    """Stop before code that a model wrote is run, unless that is allowed.
+    """Stop before code that a model wrote is run, unless that is allowed and root can give its rights up for it.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not, or the evaluator is root and `nobody` could not read Python's library.
     """
     if not allow:
         raise ValueError(
             "this metric runs Python code that the model wrote, which is off by default: add --allow-code-execution "
             "(in Python: allow_code_execution=True) on a machine where that is acceptable"
         )
+    if os.getuid() == 0:
+        for path, needed in ((os.path.dirname(os.__file__), 0o005), (os.__file__, 0o004)):
+            if os.stat(path).st_mode & needed != needed:
+                raise _not_as_root(f"{path} can be read by root only")
+        if not os.path.isdir("/proc/self/fd"):
+            raise _not_as_root("/proc is not mounted")
+
+
+def _not_as_root(reason: str) -> ValueError:
+    return ValueError(
+        f"an evaluator that is root runs the model's code as nobody (user {NOBODY}), but {reason}; "
+        "evaluate as another user than root"
+    )
 
 
 def _run_all(candidates: Sequence[Candidate], limits: Limits, workers: int) -> Iterator[Outcome]:
@@ -145,6 +161,7 @@ def _run(candidate: Candidate, limits: Limits) -> Outcome:
         "cpu_s": limits.cpu_s,
         "memory_bytes": limits.memory_bytes,
         "file_bytes": limits.file_bytes,
+        "files": limits.files,
     }
     with (
         tempfile.TemporaryDirectory(prefix="taq-sandbox-") as scratch,
@@ -152,6 +169,11 @@ def _run(candidate: Candidate, limits: Limits) -> Outcome:
         # A file, not a pipe: the limit on file sizes bounds what a candidate could write into it.
         tempfile.TemporaryFile() as answer_file,
     ):
+        if os.getuid() == 0:
+            try:
+                os.chown(scratch, NOBODY, NOBODY)
+            except OSError as error:
+                raise _not_as_root(f"its scratch folder cannot be given to it ({error})") from error
         job_file.write(marshal.dumps(job))
         job_file.seek(0)
         process = subprocess.Popen(

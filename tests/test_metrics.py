@@ -11,7 +11,6 @@ from taq_vllm.metrics import (
     bootstrap_interval,
     exact_match,
     f1,
-    holm,
     math_answer,
     math_match,
     paired_difference,
@@ -206,10 +205,3 @@ def test_bootstrap_p_value_and_interval_agree_about_zero():
 def test_paired_comparison_needs_as_many_scores_of_both():
     with pytest.raises(ValueError, match="got 2 and 3 scores"):
         paired_difference([1, 0], [1, 0, 1])
-
-
-def test_holm_steps_down_and_keeps_the_order_given():
-    # Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1; never below the one before.
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([]) == []
-    assert holm([0.9, 0.8]) == [1.0, 1.0]

@@ -3,6 +3,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def test_a_test_that_defines_a_check_function_works():
     [
         "import math, re, collections, itertools, functools, heapq, random, string, datetime, typing, enum, bisect",
         "import operator, statistics, fractions, decimal, json, copy, abc, cmath, array, struct, hashlib, zoneinfo",
+        "import datetime\ndatetime.datetime.strptime('2024', '%Y')",
+        "import xml.etree.ElementTree, concurrent.futures, importlib.resources, encodings.idna, doctest",
         "import dataclasses, contextlib, io, textwrap, calendar, threading, unittest, traceback, inspect, warnings",
     ],
 )
@@ -104,12 +107,88 @@ def test_runaway_and_broken_code_fails_in_time(code, reason):
         "import os; os.kill(os.getppid(), 0)",
         "import ctypes",
         "import _posixsubprocess",
+        "import _xxsubinterpreters",
+        "import _interpreters",
+        "import importlib.machinery as m; s = m.PathFinder.find_spec('_posixsubprocess'); "
+        "m.ExtensionFileLoader('x._posixsubprocess', s.origin if s else '').create_module("
+        "m.ModuleSpec('x._posixsubprocess', None, origin=s.origin if s else ''))",
+        "import sys; del sys.modules['posix']; import posix",
     ],
 )
 def test_no_other_process_can_be_started_or_reached(attempt):
     outcome = judge(f"def f(x):\n    {attempt}\n    return 2")
     assert not outcome.passed
     assert "not allowed here" in outcome.detail
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="no process descriptors on this system")
+def test_the_evaluator_cannot_be_reached_through_a_process_descriptor():
+    outcome = judge(
+        "import os, signal\ndef f(x):\n    signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 0)\n    return 2"
+    )
+    assert "AttributeError" in outcome.detail
+
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+
+
+def without_the_audit_hook(script, **names):
+    """What a child may still do when only the kernel is in its way."""
+    lines = [
+        "import os, sys",
+        f"sys.path.insert(0, {str(Path(sandbox_child.__file__).parent)!r})",
+        "import sandbox_child",
+        "sandbox_child._limit(5, 2**29, 2**20)",
+        "sandbox_child._isolate()",
+        *(f"{name} = {value!r}" for name, value in names.items()),
+        script,
+    ]
+    command = [sys.executable, "-S", "-c", "\n".join(lines)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("attempt", "reason"),
+    [
+        ("os.kill(os.getppid(), 0)", "PermissionError"),
+        ("import signal; signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 0)", "PermissionError"),
+        ("os.fork()", "BlockingIOError"),
+        ("open(outside, 'w')", "PermissionError"),
+        ("os.remove(outside)", "PermissionError"),
+        ("os.mkfifo(f'{outside}-2')", "PermissionError"),
+        ("os.setuid(0)", "PermissionError"),
+        ("os.setgroups([0])", "PermissionError"),
+    ],
+)
+def test_without_the_audit_hook_the_kernel_binds_a_root_evaluators_candidate(attempt, reason):
+    # Not below `tmp_path`, whose parents nobody but its owner may enter: here the file's own folder must refuse.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        outside = folder / "file"
+        outside.write_text("kept")
+        done = without_the_audit_hook(attempt, outside=str(outside))
+        assert reason in done.stderr, done
+        assert outside.read_text() == "kept"
+        assert list(folder.iterdir()) == [outside]
+
+
+@as_root
+def test_a_root_evaluators_candidate_is_not_root(tmp_path):
+    tmp_path.chmod(0o700)
+    # Listing a folder is left to the kernel.
+    assert "Errno 13" in judge(f"import os\ndef f(x):\n    os.listdir({str(tmp_path)!r})\n    return 2").detail
+
+
+@as_root
+def test_root_is_told_when_nobody_cannot_have_the_scratch_folder(monkeypatch):
+    def refused(*arguments):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.chown", refused)
+    with pytest.raises(ValueError, match="evaluate as another user than root"):
+        judge(CORRECT)
 
 
 def test_the_network_cannot_be_reached():
@@ -155,11 +234,22 @@ def test_files_outside_of_the_scratch_folder_can_neither_be_written_nor_read(tmp
         f"__import__('pathlib').Path({str(outside)!r}).unlink()",
         f"__import__('shutil').rmtree({str(tmp_path)!r})",
         f"__import__('os').mkdir({str(tmp_path / 'new')!r})",
+        f"__import__('sqlite3').connect({str(tmp_path / 'new')!r})",
+        f"__import__('dbm.gnu').gnu.open({str(tmp_path / 'new')!r}, 'n')",
+        f"__import__('readline').write_history_file({str(tmp_path / 'new')!r})",
+        f"__import__('io').FileIO(type('P', (str,), {{}})({str(tmp_path / 'new')!r}), 'w')",
     ):
         outcome = judge(f"def f(x):\n    {attempt}\n    return 2")
         assert "not allowed here" in outcome.detail, attempt
     assert outside.read_text() == "kept"
     assert sorted(tmp_path.iterdir()) == [outside]
+
+
+def test_special_files_cannot_be_made(tmp_path):
+    for attempt in (f"mkfifo({str(tmp_path / 'new')!r})", f"mknod({str(tmp_path / 'new')!r})"):
+        for module in ("os", "posix"):
+            assert "AttributeError" in judge(f"import {module}\ndef f(x):\n    {module}.{attempt}\n    return 2").detail
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folders_descriptor_is_no_way_out(tmp_path):
@@ -181,6 +271,14 @@ def test_the_scratch_folder_can_be_used_and_is_gone_afterwards(tmp_path, monkeyp
 
 def test_a_file_cannot_grow_past_its_limit():
     assert "File too large" in judge("def f(x):\n    open('big', 'w').write('x' * 10**7)\n    return 2").detail
+
+
+def test_many_files_cannot_fill_the_disk_and_one_written_often_counts_once():
+    code = "def f(n, m):\n    for i in range(n): open(str(i % m), 'w').close()\n    return 2"
+    limits = Limits(wall_s=5, cpu_s=1, files=8)
+    assert judge(code, "assert f(8, 8) == 2", "assert f(100, 8) == 2", limits=limits).passed
+    assert "writing more than 8 files is not allowed here" in judge(code, "f(9, 9)", limits=limits).detail
+    assert "writing more than 64 files is not allowed here" in judge(code, "f(65, 65)").detail
 
 
 @pytest.mark.parametrize(
@@ -240,7 +338,6 @@ def test_a_candidate_without_tests_is_an_error():
         run_all([Candidate(CORRECT, ("pass",)), Candidate(CORRECT, ())], allow=True)
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="the kernel's process limit does not bind root; the audit hook does")
 def test_the_kernel_refuses_threads_too():
     assert not judge("import threading\ndef f(x):\n    threading.Thread(target=print).start()\n    return 2").passed
 
@@ -266,9 +363,9 @@ def test_a_function_that_the_prompt_began_is_continued():
 
 @pytest.mark.parametrize("part", ["calibration", "test"])
 def test_reference_solutions_of_mbpp_pass(part):
-    file = Path(__file__).parents[2] / "shared/data/mbpp" / f"{part}.jsonl"
-    if not file.exists():
-        pytest.skip(f"{file} is not here")
+    if "TAQ_TASK_DATA" not in os.environ:
+        pytest.skip("TAQ_TASK_DATA names no folder with mbpp")
+    file = Path(os.environ["TAQ_TASK_DATA"], "mbpp", f"{part}.jsonl")
     items = [json.loads(line) for line in file.read_text().splitlines()[:60]]
     candidates = [Candidate(i["target"], tuple(i["tests"]), i.get("test_setup", "")) for i in items]
     outcomes = run_all(candidates, allow=True)
