@@ -25,8 +25,9 @@ def demo_table(lines: list[Line]) -> str:
     first = lines[0]
     text = [
         "**Accuracy at equal bytes** (`make demo ARGS='--test-items 500'`): the lab model "
-        f"*{_variants(lines)}*, n {first['n']} per task, budget {first['budget']}, greedy, vLLM's CPU engine. In brackets 95% intervals; differences are paired with "
-        "full precision. Bold: beats the other plans of its size on every paired interval.\n",
+        f"*{_variants(lines)}*, n {first['n']} per task, budget {first['budget']}, greedy, vLLM's CPU engine. In "
+        "brackets 95% intervals; differences are paired with full precision. Bold: beats the other plans of its size "
+        "on every paired interval.\n",
         "| task | plan | metric, % | difference | answer NLL | bits | MB | tokens/s |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
