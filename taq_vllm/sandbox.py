@@ -47,7 +47,7 @@ class Limits:
     file_bytes: int = 2**20
     """Largest file in the scratch folder."""
     files: int = 64
-    """Files that may be written there; times `file_bytes`, what ordinary code can put on the disk (the audit hook counts)."""
+    """Files that may be written there, counted by the audit hook; times `file_bytes`, what fits on the disk."""
 
 
 @dataclass(frozen=True)
