@@ -17,6 +17,7 @@ Engines run eagerly and in-process (no server in front); one thread per core giv
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -151,7 +152,12 @@ def make_contenders(shape: Shape, work: Path) -> dict[str, Path]:
     uniform = allocate(files, None, Request("4.2bits", "uniform", symmetric={4: True, 8: True, 16: True}))
     planned = allocate(files, baseline_scores(files, "random"), Request(BUDGET))
     for name, plan in (("stock-w4a16", uniform), ("plan-5bit", planned)):
-        quantize_model(files, plan, files.path.with_name(name), Calibration(method="rtn"))
+        folder = files.path.with_name(name)
+        try:
+            quantize_model(files, plan, folder, Calibration(method="rtn"))
+        except ValueError:  # what is there was made by another version of this project
+            shutil.rmtree(folder)
+            quantize_model(files, plan, folder, Calibration(method="rtn"))
     return {name: files.path.with_name(name) for name in CONTENDERS}
 
 
