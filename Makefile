@@ -28,7 +28,7 @@ ALIAS  := $(if $(filter cpu,$(VARIANT)),--alias requirements/vllm-alias)
 
 help:
 	@echo "make demo                 specialise and serve the lab model; results in demo/"
-	@echo "make test                 run the tests (ARGS='-k plan' to choose)"
+	@echo "make test                 lint and run the tests (ARGS='-k plan' to choose)"
 	@echo "make lint                 ruff: lint and format check"
 	@echo "make setup                only build .venv ($(VARIANT) lock); the others do it by themselves"
 	@echo "make peers-llmcompressor  build .venv-llmcompressor, for the checkpoints that another tool writes"
@@ -42,7 +42,7 @@ setup:
 demo: setup
 	$(PY) -m benchmarks.demo --out demo $(ARGS)
 
-test: setup
+test: lint
 	$(PY) -m pytest -q -ra --durations=15 $(ARGS)
 
 lint: setup

@@ -49,6 +49,11 @@ def test_parity_names_what_is_too_far_away():
     assert "further apart" in requirements([line | {"texts_equal": 2}])[0]
 
 
+def test_readme_shows_what_the_committed_lines_say():
+    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.split(readme.BEGIN)[1].split(readme.END)[0].strip() == readme.render().strip()
+
+
 def test_a_table_becomes_markdown_with_its_numbers():
     table = Table(title="speed")
     for column in ("who", "how fast"):
