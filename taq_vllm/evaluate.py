@@ -218,14 +218,15 @@ class Engine:
             os.environ.setdefault(name, value)
         identity = self._identity(task, settings)
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        label = label or self._files.id.rpartition("/")[2]
         if results is not None and results.exists():
             same = {previous.label: previous for previous in read_results(results) if previous.key == key}
-            if label not in same and same:
+            if same and label not in (None, *same):
+                # Only the name is new: it gets a line of its own, so that tables and comparisons find it.
                 same[label] = next(iter(same.values())).model_copy(update={"label": label})
                 append_result(results, same[label])
             if same:
-                return same[label], False
+                return same[label] if label else next(iter(same.values())), False
+        label = label or self._files.id.rpartition("/")[2]
         result = self._measure(task, settings, allow_code_execution, key, label)
         if results is not None:
             append_result(results, result)

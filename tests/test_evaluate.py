@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import LAB_MODEL
 
-from taq_vllm.evaluate import Engine, Result, append_result, compare, evaluate, read_results
+from taq_vllm.evaluate import Engine, Result, append_result, compare, compare_labels, evaluate, read_results
 from taq_vllm.tasks import load_task
 
 TASKS = LAB_MODEL.parent / "tasks"
@@ -231,6 +231,22 @@ def test_a_finished_evaluation_is_returned_without_an_engine(measured):
     again, fresh = evaluate(LAB_MODEL, task, limit=LIMIT, engine_args=ENGINE, results=file)
     assert (again, fresh) == (found["trivia"], False)
     assert file.read_bytes() == before
+
+
+@pytest.mark.engine
+def test_a_new_label_is_a_new_line_but_not_a_new_evaluation(measured, tmp_path):
+    found, file = measured
+    copy = shutil.copy(file, tmp_path / "results.jsonl")
+    task = load_task(TASKS / "trivia")
+    named, fresh = evaluate(LAB_MODEL, task, limit=LIMIT, engine_args=ENGINE, results=copy, label="mine")
+    assert (named, fresh) == (found["trivia"].model_copy(update={"label": "mine"}), False)
+    lines = compare_labels(copy, "mine", found["trivia"].label)
+    assert [(line["task"], line["quantity"], line["mean"]) for line in lines] == [
+        ("trivia", "metric", 0.0),
+        ("trivia", "nll", 0.0),
+    ]
+    with pytest.raises(ValueError, match="no results labelled 'nobody'"):
+        compare_labels(copy, "mine", "nobody")
 
 
 @pytest.mark.engine
