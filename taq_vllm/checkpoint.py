@@ -111,8 +111,8 @@ def quantize_model(
     try:
         with _alone_in(partial):
             _keep_only_work_of(partial, made_by)
-            _write_blocks(files, plan, partial, calibration, task, device)
-            _write_rest(files, plan, partial, made_by)
+            shards = _write_blocks(files, plan, partial, calibration, task, device)
+            _write_rest(files, plan, partial, made_by, shards)
             _sync_folder(partial)
             os.rename(partial, output)
             _sync_folder(output.parent)
@@ -421,8 +421,8 @@ class _Shards:
 
 def _write_blocks(
     files: ModelFiles, plan: Plan, partial: Path, calibration: Calibration, task: Task | None, device: str
-) -> None:
-    """One shard per block, then one for everything outside the blocks."""
+) -> dict[str, str]:
+    """One shard per block, then one for everything outside the blocks; their sha256 by file name."""
     model = StreamedModel(files, device)
     shards = _Shards(partial, model.layers + 1)
     batches: list[Batch] = []
@@ -454,6 +454,7 @@ def _write_blocks(
     if shards.name(model.layers) not in shards.done:
         outside = [name for name in files.tensors if not name.startswith("model.layers.")]
         shards.save(model.layers, {name: files.read(name).to(model.dtype) for name in outside})
+    return shards.done
 
 
 def _input_energy(
@@ -508,14 +509,15 @@ def _quantize_block(
     return tensors
 
 
-def _write_rest(files: ModelFiles, plan: Plan, partial: Path, made_by: dict[str, Any]) -> None:
-    """Index, config, tokenizer, plan and manifest."""
-    shards = sorted(partial.glob("model-*.safetensors"))
+def _write_rest(
+    files: ModelFiles, plan: Plan, partial: Path, made_by: dict[str, Any], shards: Mapping[str, str]
+) -> None:
+    """Index, config, tokenizer, plan and manifest; `shards` holds the sha256 of the safetensors files."""
     weight_map, total = {}, 0
-    for shard in shards:
-        tensors = read_header(shard)
+    for name in sorted(shards):
+        tensors = read_header(partial / name)
         total += sum(info.end - info.start for info in tensors.values())
-        weight_map |= dict.fromkeys(tensors, shard.name)
+        weight_map |= dict.fromkeys(tensors, name)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_atomically(partial / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     dtype = "float16" if (files.config.get("dtype") or files.config.get("torch_dtype")) == "float16" else "bfloat16"
@@ -529,7 +531,10 @@ def _write_rest(files: ModelFiles, plan: Plan, partial: Path, made_by: dict[str,
     manifest = {
         "version": 1,
         "made_by": made_by,
-        "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in content},
+        "files": {
+            file.name: {"bytes": file.stat().st_size, "sha256": shards.get(file.name) or _sha256(file)}
+            for file in content
+        },
     }
     write_atomically(partial / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
 
