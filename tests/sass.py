@@ -83,13 +83,13 @@ def matrix_loops(sass):
                         inside.add(block)
                         queue += [other for other, targets in enumerate(successors) if block in targets]
                 loops.append((head, inside))
-    innermost = [(head, inside) for head, inside in loops if not any(other < inside for _, other in loops)]
-    counts = []
-    for _, inside in sorted(innermost, key=lambda loop: loop[0]):
+    counted = []
+    for head, inside in loops:
         count = collections.Counter(opcode.split(".")[0] for block in inside for opcode in blocks[block])
         if any(count[opcode] for opcode in MATRIX):
-            counts.append(count)
-    return tuple(counts)
+            counted.append((head, inside, count))
+    innermost = [loop for loop in counted if not any(other < loop[1] for _, other, _ in counted)]
+    return tuple(count for _, _, count in sorted(innermost, key=lambda loop: loop[0]))
 
 
 def _blocks(sass):

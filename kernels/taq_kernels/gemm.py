@@ -17,8 +17,8 @@ themselves are `packing`'s. Needs triton, so it is imported only where a GPU is 
 # Triton's functions get types when they are traced; `if CONSTEXPR:` around an `if` decides while tracing.
 # ruff: noqa: ANN001, ANN201, ANN202, SIM102
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import triton
@@ -259,7 +259,7 @@ def _sum_codes(
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDE: tl.constexpr,
-    SCALE_WEIGHTS: tl.constexpr,
+    ZEROS_AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """[128, BLOCK_M] fp32: blocks begin .. end of a 4- or 8-bit tile times x^T."""
@@ -273,6 +273,8 @@ def _sum_codes(
     next_zeros = _load_groups(zero_ptrs, begin * group_step, GROUPS)
     for block in tl.range(begin, end, num_stages=STAGES):
         scales, zeros = next_scales, next_zeros
+        if not ZEROS_AHEAD:
+            zeros = _load_groups(zero_ptrs, block * group_step, GROUPS)
         ahead = tl.minimum(block + 1, end - 1)
         next_scales = _load_groups(scale_ptrs, ahead * group_step, GROUPS)
         next_zeros = _load_groups(zero_ptrs, ahead * group_step, GROUPS)
@@ -283,13 +285,10 @@ def _sum_codes(
             scale = scales[i * WIDTH // GROUP_SIZE].to(tl.float32)[:, None]
             w = _columns(quarters, i * WIDTH // _WORDS, WIDTH)
             x = _load_x(x_ptr, offs_m, M, K, block * _BLOCK + i * WIDTH, WIDTH, EVEN_K, COMPUTE)
-            if SCALE_WEIGHTS:
-                acc = tl.dot((w.to(tl.float32) * scale).to(COMPUTE), x, acc=acc)
-            else:
-                part = tl.dot(w, x, acc=part)
-                if (i + 1) * WIDTH % GROUP_SIZE == 0:
-                    acc += part * scale
-                    part = tl.full((_ROWS, BLOCK_M), 0.0, tl.float32)
+            part = tl.dot(w, x, acc=part)
+            if (i + 1) * WIDTH % GROUP_SIZE == 0:
+                acc += part * scale
+                part = tl.full((_ROWS, BLOCK_M), 0.0, tl.float32)
     return acc
 
 
@@ -343,7 +342,7 @@ def gemm_kernel(
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDE: tl.constexpr,
-    SCALE_WEIGHTS: tl.constexpr,
+    ZEROS_AHEAD: tl.constexpr,
     STAGES_4: tl.constexpr,
     STAGES_8: tl.constexpr,
     STAGES_16: tl.constexpr,
@@ -380,13 +379,13 @@ def gemm_kernel(
         if bits == 4:
             acc = _sum_codes(
                 x_ptr, words_ptrs, words_ptrs, step, scale_ptrs, zero_ptrs, begin, end, offs_m, M, K,
-                4, ASM_4, BASE_4, COMPUTE, GROUP_SIZE, EVEN_K, BLOCK_M, WIDE, SCALE_WEIGHTS, STAGES_4,
+                4, ASM_4, BASE_4, COMPUTE, GROUP_SIZE, EVEN_K, BLOCK_M, WIDE, ZEROS_AHEAD, STAGES_4,
             )  # fmt: skip
     if HAS_8:
         if bits == 8:
             acc = _sum_codes(
                 x_ptr, words_ptrs, words_ptrs + blocks * step, step, scale_ptrs, zero_ptrs, begin, end, offs_m, M, K,
-                8, ASM_8, BASE_8, COMPUTE, GROUP_SIZE, EVEN_K, BLOCK_M, WIDE, SCALE_WEIGHTS, STAGES_8,
+                8, ASM_8, BASE_8, COMPUTE, GROUP_SIZE, EVEN_K, BLOCK_M, WIDE, ZEROS_AHEAD, STAGES_8,
             )  # fmt: skip
     if HAS_16:
         if bits == 16:
@@ -420,3 +419,553 @@ def gemm_kernel(
         acc += tl.load(bias_ptr + row + stored_n).to(tl.float32)[:, None]
     y_ptrs = y_ptr + offs_m[None, :] * N + (row + offs_n)[:, None]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[None, :] & (offs_n < rows)[:, None])
+
+
+# ---------------------------------------------------------------------------------------------------- dequantization
+
+
+@triton.jit(do_not_specialize=["rows"])
+def dequantize_kernel(
+    weights_ptr,  # int16, from the first tile on
+    scales_ptr,  # [tiles, groups, 128]
+    zeros_ptr,  # the same in uint8, or None: symmetric
+    out_ptr,  # [rows, K] bf16, fp16 or fp32
+    rows,
+    K,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):
+    """Weights of whole tiles, rounded once. Grid: (K / 128 blocks, tiles); bound by memory, so written plainly."""
+    block = tl.program_id(0)
+    tile = tl.program_id(1)
+    blocks = tl.num_programs(0)
+    tile_rows = tl.minimum(rows - tile * _ROWS, _ROWS)
+    offs_n = tl.arange(0, _ROWS)
+    stored_n = tl.minimum(offs_n, tile_rows - 1)[:, None]
+    tile_ptr = weights_ptr + tile.to(tl.int64) * (_ROWS * _WORDS * BITS // 4) * blocks
+    out_ptrs = out_ptr + (tile * _ROWS + offs_n).to(tl.int64)[:, None] * K
+    mask_n = (offs_n < tile_rows)[:, None]
+    step = tile_rows * _WORDS
+    if BITS == 16:
+        LINE: tl.constexpr = _BLOCK // 2
+        lane = tl.arange(0, LINE)[None, :]
+        for i in tl.static_range(2):
+            line = block * 2 + i
+            values = tl.load(tile_ptr + line * tile_rows * LINE + stored_n * LINE + lane)
+            mask = mask_n & (line * LINE + lane < K)
+            tl.store(out_ptrs + line * LINE + lane, values.to(out_ptr.dtype.element_ty, bitcast=True), mask=mask)
+    else:
+        GROUPS: tl.constexpr = _BLOCK // GROUP_SIZE
+        group_offset = (tile * blocks + block) * GROUPS * _ROWS
+        scales = _load_groups(scales_ptr + offs_n, group_offset, GROUPS)
+        zero_ptrs = None
+        if zeros_ptr is not None:
+            zero_ptrs = zeros_ptr + offs_n
+        addends = _addends(_load_groups(zero_ptrs, group_offset, GROUPS), BITS, 0, tl.float32)
+        words_ptrs = tile_ptr + block * step + stored_n * _WORDS + tl.arange(0, _WORDS)[None, :]
+        quarters = _unpack(words_ptrs, words_ptrs + blocks * step, addends, BITS, None, tl.float32)
+        for i in tl.static_range(GROUPS):
+            w = _columns(quarters, i * GROUP_SIZE // _WORDS, GROUP_SIZE) * scales[i].to(tl.float32)[:, None]
+            offs_k = block * _BLOCK + i * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
+            tl.store(out_ptrs + offs_k, w.to(out_ptr.dtype.element_ty), mask=mask_n & (offs_k < K))
+
+
+# ---------------------------------------------------------------------------------------------------- configurations
+
+# Numbers of tokens up to which a configuration serves. More are left to the vendor's product of dequantized weights:
+# at 1024 tokens and gate_up's shape that reaches 0.82 of its own speed on 16-bit weights (inferred).
+BUCKETS = (16, 32, 64, 128, 256)
+
+# Tokens of one program: sums of 256 leave no registers for the operands (counted: they spill, in the loop).
+BLOCK_MS = (16, 32, 64, 128)
+
+# Bytes that the dequantized rows of one vendor product may take: large enough to fill a GPU with work (estimate).
+_SCRATCH_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one bucket of one layer is computed. All that tuning may choose.
+
+    Attributes:
+        block_m: tokens of a program; one of BLOCK_MS.
+        num_warps: of a program.
+        stages_4: blocks in flight in the loop over 4-bit tiles.
+        stages_8: the same for 8-bit tiles.
+        stages_16: the same for 16-bit tiles, in steps of 64 columns.
+        wide: one matrix product a group instead of one every 32 columns. For wgmma and tcgen05 (num_warps 4 or 8 on
+            sm_90 and sm_100): fewer waits; elsewhere it costs instructions (counted).
+        target_programs: K is split until about so many programs share the work.
+        dequantize: leave the product to the vendor's library.
+    """
+
+    block_m: int
+    num_warps: int
+    stages_4: int
+    stages_8: int
+    stages_16: int
+    wide: bool
+    target_programs: int
+    dequantize: bool
+
+    def stages(self, bits: int) -> int:
+        """Of the loop over tiles of these bits."""
+        return {4: self.stages_4, 8: self.stages_8, 16: self.stages_16}[bits]
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    shared_kib: int  # that one program may have
+    blocks: dict[int, tuple[int, int]]  # block_m: warps of a program, programs that fit on a multiprocessor
+
+
+# Counted: registers and shared memory of tests/test_gemm_compile.py's variants allow these programs; with these warps
+# none spills up to block_m 32, nor in a loop above. On sm_100 two warps use mma.sync, which at 16 tokens compiles to
+# fewer instructions than tcgen05 (2.1 against 2.5 per weight) and waits for less.
+_SMALL_SHARED = {16: (4, 2), 32: (4, 2), 64: (8, 1), 128: (8, 1)}
+_ARCHITECTURES = {
+    80: _Architecture(163, {16: (4, 3), 32: (4, 2), 64: (8, 1), 128: (8, 1)}),
+    86: _Architecture(99, _SMALL_SHARED),
+    89: _Architecture(99, _SMALL_SHARED),
+    90: _Architecture(227, {16: (4, 3), 32: (4, 2), 64: (4, 2), 128: (8, 1)}),
+    100: _Architecture(227, {16: (2, 4), 32: (4, 2), 64: (4, 2), 128: (8, 1)}),
+    120: _Architecture(99, _SMALL_SHARED),
+}
+
+
+def heuristic(shapes: Sequence[tuple[int, int]], columns: int, arch: int, num_sms: int, bucket: int) -> Config:
+    """The configuration for a GPU and shape that nobody has tuned.
+
+    Args:
+        shapes: bits and rows of each shard.
+        columns: K.
+        arch: compute capability, 90 for 9.0.
+        num_sms: multiprocessors of the GPU.
+        bucket: one of BUCKETS.
+
+    Raises:
+        ValueError: the GPU is older than compute capability 8.0.
+    """
+    architecture = _architecture(arch)
+    block_m = min(bucket, BLOCK_MS[-1])
+    num_warps, programs = architecture.blocks[block_m]
+    # A program may use its share of a multiprocessor's shared memory, of which each takes 1 KiB more than it asks for.
+    shared_bytes = ((architecture.shared_kib + 1) // programs - 1) * 1024
+    # Three or four blocks in flight are 48 KiB or more a multiprocessor; 23 KiB hide 700 ns at 4.3 TB/s (inferred).
+    stages = [
+        max(s for s in range(2, most + 1) if s == 2 or shared_memory(bits, block_m, s) <= shared_bytes)
+        for bits, most in ((4, 4), (8, 3), (16, 3))
+    ]
+    return Config(
+        block_m=block_m,
+        num_warps=num_warps,
+        stages_4=stages[0],
+        stages_8=stages[1],
+        stages_16=stages[2],
+        wide=_has_wide(arch, num_warps),
+        target_programs=num_sms * programs,
+        dequantize=False,
+    )
+
+
+def candidates(shapes: Sequence[tuple[int, int]], columns: int, arch: int, num_sms: int, bucket: int) -> list[Config]:
+    """What tuning tries; `heuristic` first. Arguments and errors are its."""
+    first = heuristic(shapes, columns, arch, num_sms, bucket)
+    shared_bytes = _architecture(arch).shared_kib * 1024
+    configs = [first]
+    for num_warps in (2, 4) if first.block_m <= 32 else (4, 8):
+        # On sm_100 narrow tcgen05 products need more of their memory than there is (counted: no code at 128 tokens).
+        choices = {_has_wide(arch, num_warps), False} if arch // 10 == 9 else {_has_wide(arch, num_warps)}
+        for wide in choices:
+            for deeper in (0, 1, 2):
+                for programs in (1, 2, 3, 4, 6):
+                    config = replace(
+                        first,
+                        num_warps=num_warps,
+                        wide=wide,
+                        stages_4=first.stages_4 + deeper,
+                        stages_8=first.stages_8 + deeper,
+                        stages_16=first.stages_16 + deeper,
+                        target_programs=num_sms * programs,
+                    )
+                    needed = max(shared_memory(b, config.block_m, config.stages(b)) for b, _ in shapes)
+                    if needed <= shared_bytes and config not in configs:
+                        configs.append(config)
+    if bucket >= 128:
+        configs.append(replace(first, dequantize=True))
+    return configs
+
+
+def shared_memory(bits: int, block_m: int, stages: int) -> int:
+    """Bytes of shared memory that a loop takes at most: the weights of a step and x for it, once a stage."""
+    columns = packing.BLOCK if bits < 16 else packing.DENSE_LINE
+    return stages * columns * (packing.TILE_ROWS * bits // 8 + block_m * 2)
+
+
+def _architecture(arch: int) -> _Architecture:
+    known = [number for number in _ARCHITECTURES if number <= arch]
+    if not known:
+        raise ValueError(f"the GPU has compute capability {arch / 10}; the kernels need 8.0")
+    return _ARCHITECTURES[max(known)]
+
+
+def _has_wide(arch: int, num_warps: int) -> bool:
+    """Whether products take whole groups: where Triton multiplies with wgmma (sm_90) or tcgen05 (sm_100)."""
+    return arch // 10 in (9, 10) and num_warps >= 4
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What `linear` needs to know about a layer, made once when it is loaded.
+
+    Attributes:
+        tables: work items of each bucket [items, 8] int32, then the counters of arrived parts [n] int32, all zero. The
+            counters are zero again after each launch, so launches of one layer must follow each other on one stream.
+        launches: the fields LAUNCH of each bucket, one after the other.
+    """
+
+    tables: list[Tensor]
+    launches: list[int]
+
+
+LAUNCH = ("tokens", "slots", "block_m", "num_warps", "stages_4", "stages_8", "stages_16", "wide", "dequantize")
+
+# At so many tokens per bit of a weight, multiplying takes as long as reading: on an H200 47 for 4 bits (inferred).
+_TOKENS_PER_BIT = 12
+
+
+def build_tables(
+    shapes: Sequence[tuple[int, int]], columns: int, group_size: int, configs: Mapping[int, Config]
+) -> Tables:
+    """Work items of a matrix whose shards' tiles follow each other in the store.
+
+    Args:
+        shapes: bits and rows of each shard, in the order of the result's rows.
+        columns: K.
+        group_size: 32, 64 or 128.
+        configs: for each bucket (the largest number of tokens that it serves) how it is computed.
+
+    Returns:
+        The tables, on the CPU.
+
+    Raises:
+        ValueError: a bucket or configuration that cannot be.
+    """
+    tables, launches, counters = [], [], 1
+    for bucket, config in sorted(configs.items()):
+        if bucket < 1 or config.block_m not in BLOCK_MS:
+            raise ValueError(f"bucket {bucket} with block_m {config.block_m}; block_m must be one of {BLOCK_MS}")
+        m_blocks = -(-bucket // config.block_m)
+        items, slots = ([], 0) if config.dequantize else _items(shapes, columns, group_size, config, m_blocks)
+        table = torch.tensor(items, dtype=torch.int32).view(-1, len(ITEM))
+        if not config.dequantize:
+            validate_table(table, shapes, columns, group_size, slots)
+        tables.append(table)
+        values = {"tokens": bucket, "slots": slots} | asdict(config)
+        launches += [int(values[field]) for field in LAUNCH]
+        counters = max(counters, slots * m_blocks)
+    return Tables([*tables, torch.zeros(counters, dtype=torch.int32)], launches)
+
+
+def validate_table(table: Tensor, shapes: Sequence[tuple[int, int]], columns: int, group_size: int, slots: int) -> None:
+    """Check that programs which follow a table read inside the store and write each element of the result once.
+
+    Args:
+        table: [items, 8] int32, on the CPU.
+        shapes: bits and rows of each shard.
+        columns: K.
+        group_size: 32, 64 or 128.
+        slots: of the workspace.
+
+    Raises:
+        ValueError: says which item is wrong, and how.
+    """
+    if table.ndim != 2 or table.shape[1] != len(ITEM) or table.dtype != torch.int32:
+        raise ValueError(f"a table is [items, {len(ITEM)}] int32; this is {list(table.shape)} {table.dtype}")
+    blocks = packing.padded_columns(columns) // packing.BLOCK
+    sizes = [packing.packed_sizes(bits, rows, columns, group_size) for bits, rows in shapes]
+    weights_end, scales_end = (sum(size) for size in zip(*sizes, strict=True))
+    total_rows = sum(rows for _, rows in shapes)
+    parts_seen: dict[tuple[int, ...], set[int]] = {}
+    for index, values in enumerate(table.tolist()):
+        item = dict(zip(ITEM, values, strict=True))
+        tile = {name: item[name] for name in ITEM if name != "part"}
+        if item["bits"] not in (4, 8, 16):
+            raise ValueError(f"item {index} has bits {item['bits']}; 4, 8 or 16 are computed")
+        if not 1 <= item["rows"] <= packing.TILE_ROWS or not 0 <= item["row"] <= total_rows - item["rows"]:
+            raise ValueError(f"item {index}: {item['rows']} rows from {item['row']} on are not in {total_rows}")
+        if not 0 <= item["part"] < item["parts"] <= blocks:
+            raise ValueError(f"item {index} is part {item['part']} of {item['parts']}; K has {blocks} blocks")
+        words = packing.BLOCK * blocks * item["rows"] * item["bits"] // 16
+        if not 0 <= item["weights"] * packing.WORDS <= weights_end - words:
+            raise ValueError(
+                f"item {index} reads {words} words from {item['weights'] * packing.WORDS} on; "
+                f"the store has {weights_end}"
+            )
+        groups = packing.BLOCK * blocks // group_size if item["bits"] < 16 else 0
+        if not 0 <= item["scales"] * packing.TILE_ROWS <= scales_end - groups * packing.TILE_ROWS:
+            raise ValueError(
+                f"item {index} reads {groups} groups of scales from {item['scales']} on; the store has "
+                f"{scales_end // packing.TILE_ROWS}"
+            )
+        if item["parts"] > 1 and not 0 <= item["slot"] <= slots - item["parts"]:
+            raise ValueError(f"item {index} needs slots {item['slot']} and {item['parts'] - 1} more; there are {slots}")
+        parts = parts_seen.setdefault(tuple(tile.values()), set())
+        if item["part"] in parts:
+            raise ValueError(f"item {index} computes rows {item['row']} .. again: part {item['part']}")
+        parts.add(item["part"])
+    named = [dict(zip([name for name in ITEM if name != "part"], tile, strict=True)) for tile in parts_seen]
+    for tile, parts in zip(named, parts_seen.values(), strict=True):
+        if len(parts) != tile["parts"]:
+            raise ValueError(f"rows {tile['row']} ..: {len(parts)} of {tile['parts']} parts of K are computed")
+    row = 0
+    for tile in sorted(named, key=lambda tile: tile["row"]):
+        if tile["row"] != row:
+            raise ValueError(f"row {min(row, tile['row'])} is computed {'twice' if tile['row'] < row else 'nowhere'}")
+        row += tile["rows"]
+    if row != total_rows:
+        raise ValueError(f"row {row} is computed nowhere")
+    slot = 0
+    for tile in sorted((tile for tile in named if tile["parts"] > 1), key=lambda tile: tile["slot"]):
+        if tile["slot"] < slot:
+            raise ValueError(f"rows {tile['row']} ..: slot {tile['slot']} belongs to another tile")
+        slot = tile["slot"] + tile["parts"]
+
+
+def _items(
+    shapes: Sequence[tuple[int, int]], columns: int, group_size: int, config: Config, m_blocks: int
+) -> tuple[list[tuple[int, ...]], int]:
+    """Work items, the costliest first, so that the last programs to run are short; and the slots they use."""
+    blocks = packing.padded_columns(columns) // packing.BLOCK
+    costs = {bits: max(bits, config.block_m / _TOKENS_PER_BIT) for bits, _ in shapes}
+    total = sum(costs[bits] * rows / packing.TILE_ROWS for bits, rows in shapes) * blocks * m_blocks
+    # A part writes and rereads 128 x block_m x 4 bytes: keep that under the 4-bit weights it reads (estimate).
+    most_parts = max(1, blocks // max(2, config.block_m // 8))
+    items, slots, weights, scales, row = [], 0, 0, 0, 0
+    for bits, shard_rows in shapes:
+        parts = min(most_parts, max(1, int(costs[bits] * blocks * config.target_programs / total)))
+        parts = -(-blocks // -(-blocks // parts))  # the fewest with the same longest part
+        for first in range(0, shard_rows, packing.TILE_ROWS):
+            rows = min(packing.TILE_ROWS, shard_rows - first)
+            for part in range(parts):
+                cost = costs[bits] * rows * ((part + 1) * blocks // parts - part * blocks // parts)
+                items.append((cost, (bits, weights, scales, row, rows, part, parts, slots if parts > 1 else -1)))
+            words, group_values = packing.packed_sizes(bits, rows, columns, group_size)
+            weights += words // packing.WORDS
+            scales += group_values // packing.TILE_ROWS
+            row += rows
+            slots += parts if parts > 1 else 0
+    if weights > 2**31 - 1:
+        raise ValueError(f"{weights * packing.WORDS} words of weights in one layer; a table addresses 2^36")
+    return [item for _, item in sorted(items, key=lambda entry: -entry[0])], slots
+
+
+# ---------------------------------------------------------------------------------------------------- launcher
+
+# Read when Triton's decorators run: they made functions for its interpreter, which has no inline assembly.
+_INTERPRETED = triton.knobs.runtime.interpret
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
+
+
+def linear(
+    x: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    tables: Sequence[Tensor],
+    launches: Sequence[int],
+    bits: Sequence[int],
+    sizes: Sequence[int],
+    group_size: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x @ [W_0; W_1; ...]^T + bias for shards of different bits: one launch, no synchronisation.
+
+    Allocates the result and a workspace from torch's caching allocator, which CUDA graphs capture. The first call with
+    a bucket compiles its kernel: see `warm_up`.
+
+    Args:
+        x: [M, K] bf16, fp16 or fp32; fp32 takes dequantized weights and the vendor's product.
+        weights: the shards' tiles, one after the other, int16.
+        scales: likewise; any floating dtype.
+        zero_points: likewise, uint8; None: all shards are symmetric.
+        tables: from `build_tables`, on the device of x.
+        launches: from `build_tables`.
+        bits: of each shard: 4, 8 or 16. Tiles of 16 bits hold values in the dtype of x.
+        sizes: rows of each shard.
+        group_size: 32, 64 or 128.
+        bias: [sum of sizes] in the dtype of x, or None.
+
+    Returns:
+        [M, sum of sizes] in the dtype of x.
+
+    Raises:
+        ValueError: x is fp32 beside 16-bit tiles.
+    """
+    x = x.contiguous()
+    tokens, columns = x.shape
+    y = torch.empty(tokens, sum(sizes), dtype=x.dtype, device=x.device)
+    if tokens == 0:
+        return y
+    launch = _launch(launches, tokens)
+    if launch is None or launch["dequantize"] or x.dtype == torch.float32:
+        _multiply_dequantized(x, weights, scales, zero_points, bits, sizes, group_size, bias, y)
+        return y
+    *items, arrivals = tables
+    table = items[launch["index"]]
+    m_blocks = -(-tokens // launch["block_m"])
+    partials = torch.empty(
+        launch["slots"] * m_blocks * packing.TILE_ROWS * launch["block_m"], dtype=torch.float32, device=x.device
+    )
+    gemm_kernel[m_blocks, table.shape[0]](
+        x,
+        weights,
+        scales,
+        zero_points,
+        bias,
+        table,
+        y,
+        partials,
+        arrivals,
+        tokens,
+        columns,
+        y.shape[1],
+        **kernel_constants(launch, _NAMES[x.dtype], bits, zero_points is None, columns, group_size, _INTERPRETED),
+        num_warps=launch["num_warps"],
+    )
+    return y
+
+
+def kernel_constants(
+    launch: Mapping[str, int],
+    dtype: str,
+    bits: Sequence[int],
+    symmetric: bool,
+    columns: int,
+    group_size: int,
+    interpreted: bool,
+) -> dict[str, object]:
+    """The constexpr arguments of `gemm_kernel`.
+
+    Args:
+        launch: the fields LAUNCH of a bucket, by name.
+        dtype: of x: "bf16" or "fp16".
+        bits: of the shards.
+        symmetric: whether there are no zero points.
+        columns: K.
+        group_size: 32, 64 or 128.
+        interpreted: for Triton's interpreter: no inline assembly, and float32, because it computes bf16 wrongly.
+    """
+    return {
+        "ASM_4": None if interpreted else unpack_asm(4, dtype, symmetric),
+        "ASM_8": None if interpreted else unpack_asm(8, dtype, symmetric),
+        "BASE_4": 0 if interpreted else addend_base(4, dtype),
+        "BASE_8": 0 if interpreted else addend_base(8, dtype),
+        "HAS_4": 4 in bits,
+        "HAS_8": 8 in bits,
+        "HAS_16": 16 in bits,
+        "COMPUTE": tl.float32 if interpreted else _TYPES[dtype],
+        "GROUP_SIZE": group_size,
+        "EVEN_K": columns % packing.BLOCK == 0,
+        "BLOCK_M": launch["block_m"],
+        "WIDE": bool(launch["wide"]),
+        # One block ahead hides their latency; counted: with 8 warps and wgmma that would move the unpacked weights
+        # through shared memory (3.9 instead of 3.5 instructions per 4-bit weight).
+        "ZEROS_AHEAD": not (launch["wide"] and launch["num_warps"] == 8),
+        "STAGES_4": launch["stages_4"],
+        "STAGES_8": launch["stages_8"],
+        "STAGES_16": launch["stages_16"],
+        "SPLIT": launch["slots"] > 0,
+    }
+
+
+def dequantize(
+    weights: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bits: int,
+    columns: int,
+    group_size: int,
+    out: Tensor,
+) -> None:
+    """Weights of consecutive tiles.
+
+    Args:
+        weights: from the first word of the first tile on, int16.
+        scales: from that tile's on; unused for 16 bits.
+        zero_points: likewise, uint8, or None.
+        bits: 4, 8 or 16.
+        columns: K.
+        group_size: 32, 64 or 128.
+        out: [rows, K] bf16, fp16 or fp32, contiguous: where to write (code - zero point) * scale, rounded once.
+    """
+    grid = (packing.padded_columns(columns) // packing.BLOCK, packing.tiles(out.shape[0]))
+    dequantize_kernel[grid](
+        weights, scales, zero_points, out, out.shape[0], columns, BITS=bits, GROUP_SIZE=group_size, num_warps=4
+    )
+
+
+def _multiply_dequantized(
+    x: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bits: Sequence[int],
+    sizes: Sequence[int],
+    group_size: int,
+    bias: Tensor | None,
+    y: Tensor,
+) -> None:
+    """The product by way of a scratch that holds some rows of weights in the dtype of x."""
+    if x.dtype == torch.float32 and 16 in bits:
+        raise ValueError("x is float32, but 16-bit tiles hold values of a 16-bit dtype; give x in that dtype")
+    columns = x.shape[1]
+    row_bytes = columns * x.element_size()
+    most_rows = max(_SCRATCH_BYTES // row_bytes // packing.TILE_ROWS, 1) * packing.TILE_ROWS
+    scratch = torch.empty(min(most_rows, max(sizes)), columns, dtype=x.dtype, device=x.device)
+    word, value, row = 0, 0, 0
+    for shard_bits, shard_rows in zip(bits, sizes, strict=True):
+        for first in range(0, shard_rows, most_rows):
+            rows = min(most_rows, shard_rows - first)
+            slab = scratch[:rows]
+            zeros = None if zero_points is None else zero_points[value:]
+            dequantize(weights[word:], scales[value:], zeros, shard_bits, columns, group_size, slab)
+            out = y[:, row : row + rows]
+            if bias is None:
+                torch.mm(x, slab.t(), out=out)
+            else:
+                torch.addmm(bias[row : row + rows], x, slab.t(), out=out)
+            words, values = packing.packed_sizes(shard_bits, rows, columns, group_size)
+            word, value, row = word + words, value + values, row + rows
+
+
+def warm_up(
+    columns: int,
+    dtype: torch.dtype,
+    weights: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    tables: Sequence[Tensor],
+    launches: Sequence[int],
+    bits: Sequence[int],
+    sizes: Sequence[int],
+    group_size: int,
+    bias: Tensor | None = None,
+) -> None:
+    """Compile what `linear` will launch with these arguments: a CUDA graph must not be the first to call it."""
+    for tokens in launches[:: len(LAUNCH)]:
+        x = torch.zeros(tokens, columns, dtype=dtype, device=weights.device)
+        linear(x, weights, scales, zero_points, tables, launches, bits, sizes, group_size, bias)
+
+
+def _launch(launches: Sequence[int], tokens: int) -> dict[str, int] | None:
+    """The fields of the bucket that serves so many tokens, and its index; None: too many for any."""
+    for index, start in enumerate(range(0, len(launches), len(LAUNCH))):
+        if tokens <= launches[start]:
+            return dict(zip(LAUNCH, launches[start : start + len(LAUNCH)], strict=True), index=index)
+    return None

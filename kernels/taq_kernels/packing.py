@@ -377,6 +377,12 @@ def tiles(rows: int) -> int:
     return -(-rows // TILE_ROWS)
 
 
+def packed_sizes(bits: int, rows: int, columns: int, group_size: int) -> tuple[int, int]:
+    """Words of weights, and values of scales (and zero points), that a matrix takes in tiles."""
+    words = rows * padded_columns(columns) * bits // 16
+    return words, 0 if bits == 16 else tiles(rows) * TILE_ROWS * padded_columns(columns) // group_size
+
+
 def _checked_shape(matrix: Tensor, group_size: int) -> tuple[int, int]:
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size is {group_size}; the kernels know {GROUP_SIZES}")
