@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from taq_kernels import cpu_build, cpu_packing
-from taq_kernels.packing import PackedShard
+from taq_kernels.packing import PackedShard, check_codes
 
 # The numbers of lowbit.cpp.
 ISAS = {"AVX2": 1, "AVX-512": 2, "AVX-512 bf16": 3}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# From this many tokens on, AMX pays for unpacking. An estimate: no such machine was at hand. The kernel's 93 G
-# multiply-adds/s per core (Xeon, 2.95 GHz) are 5.8 ms for 32 tokens times 4096 x 4096, which leaves unpacking (3 ms) and
+# From this many tokens on, AMX pays for unpacking. An estimate: no such machine was at hand. At 93 G multiply-adds/s a
+# core (Xeon, 2.95 GHz) 32 tokens times 4096 x 4096 take the kernel 5.8 ms at least, which leaves unpacking (3 ms) and
 # a bf16 product at the speed of memory (2.5 ms) behind from there on.
 AMX_FROM_TOKENS = 32
 _SLAB_ROWS = 512  # 4 MB of 16-bit weights at K = 4096: some megabytes a core is what L2 and L3 hold
@@ -42,10 +42,14 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, gro
     Args:
         codes: [N, K] uint8, 0 .. 2^bits - 1; K a multiple of 32 and of group_size.
         scale: [N, K / group_size] bf16, fp16 or fp32, kept as it is.
-        zero_point: [N, K / group_size] in code units; None means 2^(bits - 1).
+        zero_point: [N, K / group_size] uint8 in code units; None means 2^(bits - 1).
         bits: 4 or 8.
         group_size: 128, 64 or 32.
+
+    Raises:
+        ValueError: a shape, dtype, device, width or group size other than these.
     """
+    check_codes(codes, scale, zero_point, bits, group_size)
     rows, columns = codes.shape
     library = _library()
     if library is None:
@@ -55,7 +59,7 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, gro
     codes = codes.contiguous()
     weights = torch.empty(library.lowbit_packed_bytes(bits, rows, columns), dtype=torch.uint8)
     library.lowbit_pack(bits, codes.data_ptr(), rows, columns, weights.data_ptr())
-    zero_points = None if zero_point is None else _to_tiles(zero_point.to(torch.uint8))
+    zero_points = None if zero_point is None else _to_tiles(zero_point)
     return PackedShard(bits, rows, columns, group_size, weights, _to_tiles(scale), zero_points)
 
 
@@ -195,6 +199,16 @@ def linear_dequantized(
             tile += tiles
             out += count
     return y if bias is None else y.add_(bias)
+
+
+def packed_sizes(bits: int, rows: int, columns: int, group_size: int) -> tuple[int, int]:
+    """Bytes of weights, and values of scales, that a matrix takes once it is packed on this machine."""
+    groups = columns // group_size
+    if _library() is None:
+        padded = cpu_packing.padded_rows(rows)
+        return padded * columns * bits // 8, groups * padded * 2 * (bits // 4)
+    padded = -(-rows // _TILE_ROWS) * _TILE_ROWS
+    return padded * columns * bits // 8, groups * padded
 
 
 def supports(isa: int) -> bool:

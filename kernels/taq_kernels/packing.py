@@ -32,6 +32,7 @@ Order = Literal["rows", "blocks"]
 
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
+SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROW_MULTIPLE = 16
 
 TILE_ROWS = 128
@@ -289,7 +290,7 @@ def pack_tiles(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: in
 
     Args:
         codes: [N, K] uint8, 0 .. 2^bits - 1.
-        scale: [N, K / group_size], any floating dtype; kept.
+        scale: [N, K / group_size] bf16, fp16 or fp32; kept.
         zero_point: [N, K / group_size] uint8 in code units; None means symmetric: 2^(bits - 1).
         bits: 4 or 8.
         group_size: 32, 64 or 128, a divisor of K.
@@ -300,17 +301,8 @@ def pack_tiles(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: in
     Raises:
         ValueError: a shape, dtype, width or group size other than these.
     """
-    if bits not in BITS:
-        raise ValueError(f"bits is {bits}; codes have one of {BITS}")
-    rows, columns = _checked_shape(codes, group_size)
-    if codes.dtype != torch.uint8:
-        raise ValueError(f"codes are {codes.dtype}; uint8 is packed")
-    groups = (rows, columns // group_size)
-    for name, values in (("scale", scale), ("zero_point", zero_point)):
-        if values is not None and tuple(values.shape) != groups:
-            raise ValueError(f"{name} is {list(values.shape)}; {rows} rows of {groups[1]} groups need {list(groups)}")
-    if zero_point is not None and zero_point.dtype != torch.uint8:
-        raise ValueError(f"zero_point is {zero_point.dtype}; uint8 is packed")
+    check_codes(codes, scale, zero_point, bits, group_size)
+    rows, columns = codes.shape
     nibbles = (codes,) if bits == 4 else (codes >> 4, codes & 15)
     planes = [_words(plane, order) for plane, order in zip(nibbles, (HIGH_ORDER, LOW_ORDER), strict=False)]
     return PackedShard(
@@ -322,6 +314,29 @@ def pack_tiles(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: in
         scales=_to_group_rows(scale, columns, group_size),
         zero_points=None if zero_point is None else _to_group_rows(zero_point, columns, group_size),
     )
+
+
+def check_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> None:
+    """Check what is to be packed, for a GPU or a CPU.
+
+    Raises:
+        ValueError: a shape, dtype, device, width or group size other than `pack_tiles` says.
+    """
+    if bits not in BITS:
+        raise ValueError(f"bits is {bits}; codes have one of {BITS}")
+    rows, columns = _checked_shape(codes, group_size)
+    if codes.dtype != torch.uint8:
+        raise ValueError(f"codes are {codes.dtype}; uint8 is packed")
+    if scale.dtype not in SCALE_DTYPES:
+        raise ValueError(f"scale is {scale.dtype}; one of {SCALE_DTYPES} is packed")
+    if zero_point is not None and zero_point.dtype != torch.uint8:
+        raise ValueError(f"zero_point is {zero_point.dtype}; uint8 is packed")
+    groups = (rows, columns // group_size)
+    for name, values in (("scale", scale), ("zero_point", zero_point)):
+        if values is not None and tuple(values.shape) != groups:
+            raise ValueError(f"{name} is {list(values.shape)}; {rows} rows of {groups[1]} groups need {list(groups)}")
+        if values is not None and values.device != codes.device:
+            raise ValueError(f"{name} lies on {values.device} and codes on {codes.device}; both need one device")
 
 
 def unpack_tiles(shard: PackedShard) -> tuple[Tensor, Tensor, Tensor | None]:
