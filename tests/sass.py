@@ -143,3 +143,7 @@ def _dominators(successors):
 
 def _run(tool, *arguments):
     return subprocess.run([BIN / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # that one program may ask for (CUDA's manual)
+SMS = {80: 108, 86: 82, 89: 142, 90: 132, 100: 148, 120: 170}  # A100, 3090, L40S, H200, B200, 5090

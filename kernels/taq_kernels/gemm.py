@@ -495,7 +495,7 @@ class Config:
         stages_16: the same for 16-bit tiles, in steps of 64 columns.
         wide: one matrix product a group instead of one every 32 columns. For wgmma and tcgen05 (num_warps 4 or 8 on
             sm_90 and sm_100): fewer waits; elsewhere it costs instructions (counted).
-        target_programs: K is split until about so many programs share the work.
+        programs_per_sm: K is split until about so many programs share a multiprocessor.
         dequantize: leave the product to the vendor's library.
     """
 
@@ -505,7 +505,7 @@ class Config:
     stages_8: int
     stages_16: int
     wide: bool
-    target_programs: int
+    programs_per_sm: int
     dequantize: bool
 
     def stages(self, bits: int) -> int:
@@ -549,11 +549,12 @@ def heuristic(shapes: Sequence[tuple[int, int]], columns: int, arch: int, num_sm
     architecture = _architecture(arch)
     block_m = min(bucket, BLOCK_MS[-1])
     num_warps, programs = architecture.blocks[block_m]
+    wide = _has_wide(arch, num_warps)
     # A program may use its share of a multiprocessor's shared memory, of which each takes 1 KiB more than it asks for.
-    shared_bytes = ((architecture.shared_kib + 1) // programs - 1) * 1024
+    share = ((architecture.shared_kib + 1) // programs - 1) * 1024
     # Three or four blocks in flight are 48 KiB or more a multiprocessor; 23 KiB hide 700 ns at 4.3 TB/s (inferred).
     stages = [
-        max(s for s in range(2, most + 1) if s == 2 or shared_memory(bits, block_m, s) <= shared_bytes)
+        max(s for s in range(2, most + 1) if s == 2 or shared_bytes(bits, s, block_m, num_warps, wide) <= share)
         for bits, most in ((4, 4), (8, 3), (16, 3))
     ]
     return Config(
@@ -562,8 +563,13 @@ def heuristic(shapes: Sequence[tuple[int, int]], columns: int, arch: int, num_sm
         stages_4=stages[0],
         stages_8=stages[1],
         stages_16=stages[2],
-        wide=_has_wide(arch, num_warps),
-        target_programs=num_sms * programs,
+        wide=wide,
+        programs_per_sm=min(
+            range(1, 2 * programs + 1),
+            key=lambda target: _relative_time(
+                shapes, columns, block_m, -(-bucket // block_m), target * num_sms, programs * num_sms
+            ),
+        ),
         dequantize=False,
     )
 
@@ -571,7 +577,7 @@ def heuristic(shapes: Sequence[tuple[int, int]], columns: int, arch: int, num_sm
 def candidates(shapes: Sequence[tuple[int, int]], columns: int, arch: int, num_sms: int, bucket: int) -> list[Config]:
     """What tuning tries; `heuristic` first. Arguments and errors are its."""
     first = heuristic(shapes, columns, arch, num_sms, bucket)
-    shared_bytes = _architecture(arch).shared_kib * 1024
+    most_shared = _architecture(arch).shared_kib * 1024
     configs = [first]
     for num_warps in (2, 4) if first.block_m <= 32 else (4, 8):
         # On sm_100 narrow tcgen05 products need more of their memory than there is (counted: no code at 128 tokens).
@@ -586,20 +592,38 @@ def candidates(shapes: Sequence[tuple[int, int]], columns: int, arch: int, num_s
                         stages_4=first.stages_4 + deeper,
                         stages_8=first.stages_8 + deeper,
                         stages_16=first.stages_16 + deeper,
-                        target_programs=num_sms * programs,
+                        programs_per_sm=programs,
                     )
-                    needed = max(shared_memory(b, config.block_m, config.stages(b)) for b, _ in shapes)
-                    if needed <= shared_bytes and config not in configs:
+                    needed = max(
+                        shared_bytes(bits, config.stages(bits), config.block_m, num_warps, wide) for bits, _ in shapes
+                    )
+                    if needed <= most_shared and config not in configs:
                         configs.append(config)
     if bucket >= 128:
         configs.append(replace(first, dequantize=True))
     return configs
 
 
-def shared_memory(bits: int, block_m: int, stages: int) -> int:
-    """Bytes of shared memory that a loop takes at most: the weights of a step and x for it, once a stage."""
+def _relative_time(
+    shapes: Sequence[tuple[int, int]], columns: int, block_m: int, m_blocks: int, target: int, at_once: int
+) -> float:
+    """Rounds of programs that run at once, times the longest of them; to compare ways to split K (estimate)."""
+    parts = _parts(shapes, columns, block_m, m_blocks, target)
+    blocks = packing.padded_columns(columns) // packing.BLOCK
+    programs = m_blocks * sum(packing.tiles(rows) * parts[bits] for bits, rows in shapes)
+    longest = max(_block_cost(bits, block_m) * -(-blocks // parts[bits]) for bits in parts)
+    return -(-programs // at_once) * (longest + _START_COST)
+
+
+def shared_bytes(bits: int, stages: int, block_m: int, num_warps: int, wide: bool) -> int:
+    """Shared memory that a loop takes at most (counted): one buffer fewer than stages, except where wgmma reads it."""
     columns = packing.BLOCK if bits < 16 else packing.DENSE_LINE
-    return stages * columns * (packing.TILE_ROWS * bits // 8 + block_m * 2)
+    weights, x = columns * packing.TILE_ROWS * bits // 8, columns * block_m * 2
+    if wide:
+        return (stages if bits == 16 else stages - 1) * weights + stages * x
+    # With zero points, 8 warps of mma.sync exchange the unpacked block through shared memory.
+    exchange = packing.TILE_ROWS * packing.BLOCK * 2 if num_warps == 8 and bits < 16 else 0
+    return (stages - 1) * (weights + x) + exchange
 
 
 def _architecture(arch: int) -> _Architecture:
@@ -636,9 +660,16 @@ LAUNCH = ("tokens", "slots", "block_m", "num_warps", "stages_4", "stages_8", "st
 # At so many tokens per bit of a weight, multiplying takes as long as reading: on an H200 47 for 4 bits (inferred).
 _TOKENS_PER_BIT = 12
 
+# What starting and ending a program costs, in the unit of `_block_cost`: two blocks of 4 bits (estimate).
+_START_COST = 8
+
 
 def build_tables(
-    shapes: Sequence[tuple[int, int]], columns: int, group_size: int, configs: Mapping[int, Config]
+    shapes: Sequence[tuple[int, int]],
+    columns: int,
+    group_size: int,
+    configs: Mapping[int, Config],
+    num_sms: int,
 ) -> Tables:
     """Work items of a matrix whose shards' tiles follow each other in the store.
 
@@ -647,6 +678,7 @@ def build_tables(
         columns: K.
         group_size: 32, 64 or 128.
         configs: for each bucket (the largest number of tokens that it serves) how it is computed.
+        num_sms: multiprocessors of the GPU.
 
     Returns:
         The tables, on the CPU.
@@ -659,7 +691,7 @@ def build_tables(
         if bucket < 1 or config.block_m not in BLOCK_MS:
             raise ValueError(f"bucket {bucket} with block_m {config.block_m}; block_m must be one of {BLOCK_MS}")
         m_blocks = -(-bucket // config.block_m)
-        items, slots = ([], 0) if config.dequantize else _items(shapes, columns, group_size, config, m_blocks)
+        items, slots = ([], 0) if config.dequantize else _items(shapes, columns, group_size, config, m_blocks, num_sms)
         table = torch.tensor(items, dtype=torch.int32).view(-1, len(ITEM))
         if not config.dequantize:
             validate_table(table, shapes, columns, group_size, slots)
@@ -736,22 +768,20 @@ def validate_table(table: Tensor, shapes: Sequence[tuple[int, int]], columns: in
 
 
 def _items(
-    shapes: Sequence[tuple[int, int]], columns: int, group_size: int, config: Config, m_blocks: int
+    shapes: Sequence[tuple[int, int]], columns: int, group_size: int, config: Config, m_blocks: int, num_sms: int
 ) -> tuple[list[tuple[int, ...]], int]:
     """Work items, the costliest first, so that the last programs to run are short; and the slots they use."""
     blocks = packing.padded_columns(columns) // packing.BLOCK
-    costs = {bits: max(bits, config.block_m / _TOKENS_PER_BIT) for bits, _ in shapes}
-    total = sum(costs[bits] * rows / packing.TILE_ROWS for bits, rows in shapes) * blocks * m_blocks
-    # A part writes and rereads 128 x block_m x 4 bytes: keep that under the 4-bit weights it reads (estimate).
-    most_parts = max(1, blocks // max(2, config.block_m // 8))
+    parts_of = _parts(shapes, columns, config.block_m, m_blocks, config.programs_per_sm * num_sms)
     items, slots, weights, scales, row = [], 0, 0, 0, 0
     for bits, shard_rows in shapes:
-        parts = min(most_parts, max(1, int(costs[bits] * blocks * config.target_programs / total)))
-        parts = -(-blocks // -(-blocks // parts))  # the fewest with the same longest part
+        parts = parts_of[bits]
         for first in range(0, shard_rows, packing.TILE_ROWS):
             rows = min(packing.TILE_ROWS, shard_rows - first)
             for part in range(parts):
-                cost = costs[bits] * rows * ((part + 1) * blocks // parts - part * blocks // parts)
+                cost = (
+                    _block_cost(bits, config.block_m) * rows * ((part + 1) * blocks // parts - part * blocks // parts)
+                )
                 items.append((cost, (bits, weights, scales, row, rows, part, parts, slots if parts > 1 else -1)))
             words, group_values = packing.packed_sizes(bits, rows, columns, group_size)
             weights += words // packing.WORDS
@@ -761,6 +791,24 @@ def _items(
     if weights > 2**31 - 1:
         raise ValueError(f"{weights * packing.WORDS} words of weights in one layer; a table addresses 2^36")
     return [item for _, item in sorted(items, key=lambda entry: -entry[0])], slots
+
+
+def _parts(shapes: Sequence[tuple[int, int]], columns: int, block_m: int, m_blocks: int, target: int) -> dict[int, int]:
+    """For tiles of each number of bits, into how many parts K is cut so that `target` programs get equal work."""
+    blocks = packing.padded_columns(columns) // packing.BLOCK
+    total = sum(_block_cost(bits, block_m) * packing.tiles(rows) for bits, rows in shapes) * m_blocks
+    # A part writes and rereads 128 x block_m x 4 bytes: keep that under the 4-bit weights it reads (estimate).
+    most = max(1, blocks // max(2, block_m // 8))
+    parts = {}
+    for bits, _ in shapes:
+        wanted = min(most, max(1, int(_block_cost(bits, block_m) * target / total)))
+        parts[bits] = -(-blocks // -(-blocks // wanted))  # the fewest with the same longest part
+    return parts
+
+
+def _block_cost(bits: int, block_m: int) -> float:
+    """Time of a block of 128 columns, in that of reading one bit of each weight."""
+    return max(bits, block_m / _TOKENS_PER_BIT)
 
 
 # ---------------------------------------------------------------------------------------------------- launcher

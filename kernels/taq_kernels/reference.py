@@ -1,71 +1,54 @@
-"""The product of activations with mixed-bitwidth weights in plain torch: the truth for tests, and what runs on a GPU
-until a kernel does.
+"""The product of activations with quantized weights in plain torch and float32, from codes: the truth for tests.
 
-`linear_float32` forms the weights in float32 and multiplies there: no rounding but the planes' own. `linear` rounds
-them to the activations' dtype in slabs of rows, as an unquantized model would hold them, and leaves the product to
-torch. It neither synchronises nor branches on values, so CUDA graphs can capture it.
+    w = (code - zero point) * scale,    zero point = 2^(bits - 1) if symmetric,    y = x @ w^T
+
+It knows no packed layout, so the kernels of every device can be compared with it.
 """
 
 import torch
 from torch import Tensor
 
-from taq_kernels import packing
 
-
-def dequantize(planes: Tensor, scale_zeros: Tensor, bits: int, group_size: int, order: packing.Order) -> Tensor:
-    """All weights of a packed matrix, rounded once to the dtype of `scale_zeros`.
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> Tensor:
+    """Weights of integer codes.
 
     Args:
-        planes: [padded N, planes * K / 2] uint8.
-        scale_zeros: [planes * K / group_size, padded N, 2].
+        codes: [N, K] uint8, 0 .. 2^bits - 1.
+        scale: [N, K / group_size], any floating dtype.
+        zero_point: [N, K / group_size] in code units; None means symmetric: 2^(bits - 1).
         bits: 4 or 8.
         group_size: 32, 64 or 128.
-        order: of the nibbles.
 
     Returns:
-        [padded N, K].
+        [N, K] float32.
     """
-    pieces = [
-        packing.dequantize_rows(planes, scale_zeros, bits, group_size, order, start, stop)
-        for start, stop in packing.bounds(planes.shape[0], order)
-    ]
-    return torch.cat(pieces, dim=1).t()
+    middle = torch.full_like(scale, 2 ** (bits - 1)) if zero_point is None else zero_point
+    groups = codes.float().unflatten(1, (-1, group_size))
+    return ((groups - middle.float()[:, :, None]) * scale.float()[:, :, None]).flatten(1)
 
 
-def linear_float32(
-    x: Tensor, planes: Tensor, scale_zeros: Tensor, bits: int, group_size: int, order: packing.Order
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    group_size: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """x @ W^T with weights and sums in float32.
+    """x @ W^T + bias.
 
     Args:
-        x: [M, K].
-        planes: [padded N, planes * K / 2] uint8.
-        scale_zeros: [planes * K / group_size, padded N, 2].
+        x: [M, K], any floating dtype.
+        codes: [N, K] uint8.
+        scale: [N, K / group_size].
+        zero_point: [N, K / group_size] or None.
         bits: 4 or 8.
         group_size: 32, 64 or 128.
-        order: of the nibbles.
+        bias: [N] or None.
 
     Returns:
-        [M, padded N] float32.
+        [M, N] float32.
     """
-    return x.float() @ dequantize(planes, scale_zeros.float(), bits, group_size, order).t()
-
-
-def linear(x: Tensor, planes: Tensor, scale_zeros: Tensor, bits: int, group_size: int) -> Tensor:
-    """x @ W^T with weights rounded to the dtype of x, one slab of rows after the other.
-
-    Args:
-        x: [M, K] fp32, bf16 or fp16.
-        planes: [padded N, planes * K / 2] uint8, in order "rows".
-        scale_zeros: [planes * K / group_size, padded N, 2] in the dtype of x.
-        bits: 4 or 8.
-        group_size: 32, 64 or 128.
-
-    Returns:
-        [M, padded N] in the dtype of x.
-    """
-    slabs = [
-        x @ packing.dequantize_rows(planes, scale_zeros, bits, group_size, "rows", start, stop)
-        for start, stop in packing.bounds(planes.shape[0], "rows")
-    ]
-    return slabs[0] if len(slabs) == 1 else torch.cat(slabs, dim=1)
+    y = x.float() @ dequantize(codes, scale, zero_point, bits, group_size).t()
+    return y if bias is None else y + bias.float()
