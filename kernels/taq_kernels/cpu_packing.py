@@ -9,9 +9,9 @@ because code = 16 * high + low makes it the 4-bit product of [x, x]. With scale 
 so that each plane has a scale and an additive zero per row and group, `scale_zeros` [planes * K / group_size, N, 2].
 `second` holds what rounding `first` to 16 bits lost. Integer zero points can be had back from them exactly.
 
-Rows are padded to a multiple of 16. Planes are uint8 [N, planes * K / 2], two nibbles a byte, in blocks of 64 rows (fewer
-where the CPU has narrower vectors) with all columns of a block before the next. The order depends on the CPU and is
-probed, so it is never stored.
+Rows are padded to a multiple of 16. Planes are uint8 [N, planes * K / 2], two nibbles a byte, in blocks of 64 rows
+(fewer where the CPU has narrower vectors) with all columns of a block before the next. The order depends on the CPU
+and is probed, so it is never stored.
 """
 
 from functools import cache

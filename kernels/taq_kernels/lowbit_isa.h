@@ -194,11 +194,15 @@ INLINE Floats accumulate(Floats sum, Floats word, const float* x) {
 template <>
 struct Unpack<4> {
   static constexpr int kWords = 8;
-  static constexpr float kOffset = 0;
   typedef Words Raw;
 #if LOWBIT_LANES == 16
+  static constexpr float kOffset = 0;
   __m512 table;
   INLINE Unpack() { table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1); }
+#else
+  // Without a table of 16: a nibble put into the upper mantissa of 16.0 is 16 + q, hence 24 + c. Three instructions that
+  // run on three ports; sign extension and conversion would be three for the two ports that FMA needs.
+  static constexpr float kOffset = 24;
 #endif
   INLINE Raw load(const uint8_t* step, int v) const {
     Raw raw;
@@ -210,7 +214,8 @@ struct Unpack<4> {
 #if LOWBIT_LANES == 16
     return _mm512_permutexvar_ps((__m512i)(raw >> shift), table);
 #else
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32((__m256i)(raw << (28 - shift)), 28));
+    const Words moved = shift < 19 ? raw << (19 - shift) : raw >> (shift - 19);
+    return (Floats)((moved & 0x00780000) ^ 0x41c00000);  // 16.0 with its upper mantissa bit set: c + 8 = c ^ 8
 #endif
   }
 };
@@ -237,30 +242,35 @@ struct Group {
   bool has_zero;
 };
 
+inline const uint8_t* group_weights(const Call& call, const Tile& tile, int64_t g) {
+  return tile.weights + g * tile_bytes(tile.bits, call.group_size);
+}
+
 template <int BITS>
 INLINE void load_group(const Call& call, const Tile& tile, int64_t g, Group& group) {
   constexpr float kMiddle = float(1 << (BITS - 1)) - Unpack<BITS>::kOffset;
   group.has_zero = tile.zero_points || Unpack<BITS>::kOffset != 0;
-  for (int i = 0; i < kTile; i += kLanes) {
+  for (int i = 0; i < kTile; i += kLanes)
     store(group.scale + i, load_as(call.scale_dtype, tile.scales, g * kTile + i));
-    if (tile.zero_points)
+  if (tile.zero_points)
+    for (int i = 0; i < kTile; i += kLanes)
       store(group.zero + i, sub(from_unsigned_bytes(tile.zero_points + g * kTile + i), broadcast(kMiddle)));
-    else
-      store(group.zero + i, broadcast(Unpack<BITS>::kOffset));
-  }
+  else if (group.has_zero)
+    for (int i = 0; i < kTile; i += kLanes) store(group.zero + i, broadcast(Unpack<BITS>::kOffset));
 }
 
 // totals[m][row] += scale * (sums - zero * x_sums[m]) for NB vectors of rows from `first`.
 template <int MB, int NB>
 INLINE void add_group(const Floats (&sums)[NB][MB], const Group& group, const float* x_sums, int first, float* totals) {
+  const bool has_zero = group.has_zero;
 #pragma GCC unroll 8
   for (int b = 0; b < NB; b++) {
     const int row = (first + b) * kLanes;
-    const Floats scale = load(group.scale + row), zero = load(group.zero + row);
+    const Floats scale = load(group.scale + row), zero = has_zero ? load(group.zero + row) : zeros();
 #pragma GCC unroll 12
     for (int m = 0; m < MB; m++) {
       float* total = totals + m * kTile + row;
-      const Floats sum = group.has_zero ? multiply_subtract(zero, broadcast(x_sums[m]), sums[b][m]) : sums[b][m];
+      const Floats sum = has_zero ? multiply_subtract(zero, broadcast(x_sums[m]), sums[b][m]) : sums[b][m];
       store(total, multiply_add(scale, sum, load(total)));
     }
   }
@@ -319,15 +329,15 @@ TARGET void multiply_few(const Call& call, const Tile& tile, float* totals) {
   }
 }
 
-// unpacked: [words of the group][kTile]
+// unpacked: [words of the group][kTile]. What will be unpacked next is fetched while this group is multiplied.
 template <int BITS>
-TARGET void unpack_group(const uint8_t* weights, int words, float* unpacked) {
+TARGET void unpack_group(const uint8_t* weights, const uint8_t* next, int words, float* unpacked) {
   constexpr int kWords = Unpack<BITS>::kWords;
   const Unpack<BITS> unpack;
-  for (int word = 0; word < words; word += kWords, weights += kStep, unpacked += kWords * kTile)
+  for (int word = 0; word < words; word += kWords, weights += kStep, next += kStep, unpacked += kWords * kTile)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; v++) {
-      _mm_prefetch(reinterpret_cast<const char*>(weights + cell_offset(v) + kPrefetch), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(next + cell_offset(v)), _MM_HINT_T1);
       const auto raw = unpack.load(weights, v);
 #pragma GCC unroll 8
       for (int j = 0; j < kWords; j++) store(unpacked + j * kTile + v * kLanes, unpack.at(raw, j));
@@ -367,12 +377,13 @@ constexpr MultiplyUnpacked kMultiplyUnpacked[kRegisterTokens] = {
     multiply_unpacked<4>, multiply_unpacked<5>, multiply_unpacked<6>,
 };
 
-// Group g of a tile for all tokens.
+// Group g of a tile for all tokens. next: the weights that come after it.
 template <int BITS>
-TARGET void multiply_many(const Call& call, const Tile& tile, int64_t g, float* unpacked, float* totals) {
+TARGET void multiply_many(const Call& call, const Tile& tile, int64_t g, const uint8_t* next, float* unpacked,
+                          float* totals) {
   const int blocks = call.group_size / kBlock;
   const int64_t tokens = call.tokens, x_stride = tokens * kBlockWords;
-  unpack_group<BITS>(tile.weights + g * tile_bytes(BITS, call.group_size), blocks * kBlockWords, unpacked);
+  unpack_group<BITS>(group_weights(call, tile, g), next, blocks * kBlockWords, unpacked);
   Group group;
   load_group<BITS>(call, tile, g, group);
   const float* x = call.x_panel + g * blocks * x_stride;
@@ -432,8 +443,9 @@ TARGET void multiply(const Call& call, int64_t item, uint8_t* scratch) {
   } else {
     for (int64_t g = 0; g < call.groups(); g++)
       for (int t = 0; t < count; t++) {
-        if (tiles[t].bits == 4) multiply_many<4>(call, tiles[t], g, unpacked, totals + t * size);
-        else multiply_many<8>(call, tiles[t], g, unpacked, totals + t * size);
+        const uint8_t* next = t + 1 < count ? group_weights(call, tiles[t + 1], g) : group_weights(call, tiles[0], g + 1);
+        if (tiles[t].bits == 4) multiply_many<4>(call, tiles[t], g, next, unpacked, totals + t * size);
+        else multiply_many<8>(call, tiles[t], g, next, unpacked, totals + t * size);
       }
   }
   for (int t = 0; t < count; t++) store_tile(call, tiles[t], totals + t * size);
@@ -471,7 +483,7 @@ TARGET void pack_x(const Call& call, int64_t token, uint8_t*) {
 template <int BITS>
 TARGET void dequantize_tile(const Call& call, const Tile& tile, float* unpacked) {
   for (int64_t g = 0; g < call.groups(); g++) {
-    unpack_group<BITS>(tile.weights + g * tile_bytes(BITS, call.group_size), call.group_size, unpacked);
+    unpack_group<BITS>(group_weights(call, tile, g), group_weights(call, tile, g + 1), call.group_size, unpacked);
     Group group;
     load_group<BITS>(call, tile, g, group);
     for (int k = 0; k < call.group_size; k++) {
