@@ -53,14 +53,13 @@ def weight_bytes(bits: int, shape: Shape, symmetric: bool, group_size: int = GRO
     return code_bytes + scale_bytes + zero_bytes + _WEIGHT_SHAPE_BYTES
 
 
-def resident_bytes(bits: int, shape: Shape, group_size: int = GROUP_SIZE) -> int:
-    """Bytes of one matrix in the server's memory: nibble planes with a scale and a zero per group and plane."""
+def resident_bytes(bits: int, shape: Shape, symmetric: bool, group_size: int = GROUP_SIZE) -> int:
+    """Bytes of one matrix in the server's memory: codes, a 16-bit scale a group, and a byte for its zero point."""
     rows, columns = shape
     if bits == 16:
         return rows * columns * _BYTES_PER_PARAMETER
-    planes = bits // 4
-    per_plane = rows * columns // 2 + rows * (columns // group_size) * 2 * _BYTES_PER_PARAMETER
-    return planes * per_plane
+    bytes_per_group = _BYTES_PER_PARAMETER + (0 if symmetric else 1)
+    return rows * columns * bits // 8 + rows * (columns // group_size) * bytes_per_group
 
 
 class _Record(BaseModel):
@@ -175,7 +174,7 @@ class MatrixPlan(_Record):
     @property
     def resident_bytes(self) -> int:
         """Bytes in the server's memory."""
-        return resident_bytes(self.bits, self.shape)
+        return resident_bytes(self.bits, self.shape, self.symmetric)
 
 
 class Plan(_Record):

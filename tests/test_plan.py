@@ -29,10 +29,10 @@ def test_sizes_count_codes_scales_zero_points_and_the_stored_shape():
     assert weight_bytes(16, (256, 256), symmetric=True) == 131072
 
 
-def test_resident_size_is_one_or_two_planes_with_a_scale_and_a_zero_each():
-    assert resident_bytes(4, (256, 256)) == 32768 + 256 * 2 * 4
-    assert resident_bytes(8, (256, 256)) == 65536 + 2 * 256 * 2 * 4
-    assert resident_bytes(16, (256, 256)) == 131072
+def test_resident_size_is_codes_with_two_bytes_a_scale_and_one_a_zero_point():
+    assert resident_bytes(4, (256, 256), symmetric=True) == 32768 + 256 * 2 * 2
+    assert resident_bytes(8, (256, 256), symmetric=False) == 65536 + 256 * 2 * 3
+    assert resident_bytes(16, (256, 256), symmetric=True) == 131072
 
 
 def test_asymmetric_four_bits_cost_4_156_bits_per_weight_apart_from_the_shape():

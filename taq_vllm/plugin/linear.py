@@ -2,7 +2,8 @@
 
 A fused layer (q, k, v or gate, up) keeps each of its matrices by itself. vLLM hands checkpoint tensors to a parameter
 found by name; ours are empty *routers* that pass the tensor on to the matrix it belongs to, which checks it, cuts out
-this rank's part, and packs it the moment its last tensor arrives. At most one layer's raw tensors are held at a time.
+this rank's part, and packs it on its device the moment its last tensor arrives. At most one layer's raw tensors are
+held at a time. A GPU computes a layer in one launch, 16-bit matrices included; a CPU leaves those to vLLM's own method.
 
 Row-parallel layers may cut a group of 128 input features in two. The parts get the same scale as smaller groups of 64
 or 32, so that the weights are the same for every number of ranks.
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from taq_kernels import ops, packing
+from taq_kernels.packing import PackedShard
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import (
@@ -198,16 +200,23 @@ class Matrix:
         bits = self.spec.bits
         if bits == 16:
             weight = torch.empty(shape, dtype=dtype).uniform_(-_DUMMY_WEIGHT, _DUMMY_WEIGHT, generator=generator)
-            self.shard = DenseShard(weight.to(device))
+            self.shard = self._keep_dense(weight.to(device))
             return
         codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator)
         scale = torch.full((shape[0], shape[1] // self.group_size), _DUMMY_WEIGHT * 2 ** (1 - bits), dtype=dtype)
-        self.shard = PackedShard.pack(codes.to(device), scale.to(device), None, bits, self.group_size, dtype)
+        self.shard = ops.pack(codes.to(device), scale.to(device), None, bits, self.group_size)
+
+    def _keep_dense(self, weight: Tensor) -> "Shard":
+        # GPUs have no 16-bit tiles for float32 activations.
+        if weight.device.type == "cuda" and weight.dtype in ops.TILE_DTYPES:
+            return ops.pack_dense(weight, self.group_size)
+        return DenseShard(weight)
 
     def _pack(self, device: torch.device, dtype: torch.dtype) -> "Shard":
         bits = self.spec.bits
         if bits == 16:
-            return DenseShard(self._local(self.tensors["weight"]).to(device, dtype, copy=True).contiguous())
+            weight = self._take_rows(self.tensors["weight"])[:, self.columns]
+            return self._keep_dense(weight.to(device, dtype, copy=True).contiguous())
         if self.spec.stored:
             # Eight 4-bit or four 8-bit codes a word; a rank's columns begin and end on multiples of 32.
             words = self._take_rows(self.tensors["weight_packed"])
@@ -228,10 +237,7 @@ class Matrix:
         starts = torch.arange(self.columns.start, self.columns.stop, self.group_size) // GROUP_SIZE
         scale = scale.to(device)[:, starts]
         zero_point = None if zero_point is None else zero_point.to(device)[:, starts]
-        return PackedShard.pack(codes, scale, zero_point, bits, self.group_size, dtype)
-
-    def _local(self, tensor: Tensor) -> Tensor:
-        return self._take_rows(tensor)[:, self.columns]
+        return ops.pack(codes, scale, zero_point, bits, self.group_size)
 
     def _take_rows(self, tensor: Tensor) -> Tensor:
         parts = [tensor[part] for part in self.rows]
@@ -248,34 +254,6 @@ class DenseShard:
     def rows(self) -> int:
         """N."""
         return self.weight.shape[0]
-
-
-@dataclass(frozen=True)
-class PackedShard:
-    """A 4- or 8-bit matrix on this rank.
-
-    Attributes:
-        planes: [padded N, planes * K / 2] uint8.
-        scale_zeros: [planes * K / group_size, padded N, 2].
-        bits: 4 or 8.
-        rows: N.
-        group_size: 32, 64 or 128.
-    """
-
-    planes: Tensor
-    scale_zeros: Tensor
-    bits: int
-    rows: int
-    group_size: int
-
-    @classmethod
-    def pack(
-        cls, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int, dtype: torch.dtype
-    ) -> "PackedShard":
-        """From codes [N, K], scale and zero point [N, K / group_size]."""
-        planes = packing.pack_planes(codes, bits, packing.order_on(codes.device))
-        scale_zeros = packing.pack_scale_zeros(scale, zero_point, bits, dtype)
-        return cls(planes, scale_zeros, bits, codes.shape[0], group_size)
 
 
 Shard = DenseShard | PackedShard
@@ -432,7 +410,7 @@ class TaqLinearMethod(LinearMethodBase):
         shards = [matrix.shard for matrix in self.matrices]
         self.matrices = []
         layer.taq_runs = nn.ModuleList(
-            DenseRun(list(run), self.dense_method) if is_dense else PackedRun(list(run))
+            DenseRun(list(run), self.dense_method) if is_dense else PackedRun(list(run), self.params_dtype)
             for is_dense, run in groupby(shards, key=lambda shard: isinstance(shard, DenseShard))
         )
         # LoRA looks for `weight_packed` to learn the layer's device; the other names have served.
@@ -451,28 +429,38 @@ class TaqLinearMethod(LinearMethodBase):
 
 
 class PackedRun(nn.Module):
-    """Neighbouring quantized shards of a layer: one call of `taq::linear`."""
+    """Neighbouring matrices of a layer that one call of `taq::linear` computes."""
 
-    def __init__(self, shards: list[PackedShard]) -> None:
+    def __init__(self, shards: list[PackedShard], dtype: torch.dtype) -> None:
         super().__init__()
-        self.group_size = shards[0].group_size
-        self.bits: list[int] = []
-        self.sizes: list[int] = []
-        for joined in _join(shards):
-            index = len(self.bits)
-            self.register_buffer(f"planes_{index}", torch.cat([s.planes for s in joined]), persistent=False)
-            scale_zeros = torch.cat([s.scale_zeros for s in joined], dim=1)
-            self.register_buffer(f"scale_zeros_{index}", scale_zeros, persistent=False)
-            self.bits.append(joined[0].bits)
-            self.sizes.append(sum(s.rows for s in joined))
+        operands = ops.join(shards)
+        ops.warm_up(operands, shards[0].columns, dtype)
+        self.register_buffer("weights", operands.weights, persistent=False)
+        self.register_buffer("scales", operands.scales, persistent=False)
+        self.register_buffer("zero_points", operands.zero_points, persistent=False)
+        for index, table in enumerate(operands.tables):
+            self.register_buffer(f"table_{index}", table, persistent=False)
+        self.table_count = len(operands.tables)
+        self.launches = operands.launches
+        self.bits = operands.bits
+        self.sizes = operands.sizes
+        self.group_size = operands.group_size
         self.resident_bytes = sum(buffer.nbytes for buffer in self.buffers())
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., K] to [..., N of these shards]."""
-        indices = range(len(self.bits))
-        planes = [getattr(self, f"planes_{index}") for index in indices]
-        scale_zeros = [getattr(self, f"scale_zeros_{index}") for index in indices]
-        return torch.ops.taq.linear(x, planes, scale_zeros, self.bits, self.sizes, self.group_size, bias)
+        """x [..., K] to [..., N of these matrices]."""
+        return torch.ops.taq.linear(
+            x,
+            self.weights,
+            self.scales,
+            self.zero_points,
+            [getattr(self, f"table_{index}") for index in range(self.table_count)],
+            self.launches,
+            self.bits,
+            self.sizes,
+            self.group_size,
+            bias,
+        )
 
 
 class DenseRun(nn.Module):
@@ -601,16 +589,3 @@ def _matrix_of(matrices: Sequence[Matrix], shard_id: str | int | None, kind: str
         f"got {kind!r} of a fused matrix where the checkpoint's config has {names}; the checkpoint's tensors and "
         "its config are not of one model"
     )
-
-
-def _join(shards: Sequence[PackedShard]) -> list[list[PackedShard]]:
-    """Neighbours of equal bits that can lie in one set of planes: fewer, larger products."""
-    order = packing.order_on(shards[0].planes.device)
-    joined: list[list[PackedShard]] = []
-    for shard in shards:
-        previous = joined[-1][-1] if joined else None
-        if previous and previous.bits == shard.bits and packing.can_extend(previous.rows, order):
-            joined[-1].append(shard)
-        else:
-            joined.append([shard])
-    return joined
