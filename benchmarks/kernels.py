@@ -45,8 +45,9 @@ LARGEST_ERROR = 1e-2
 """Relative RMS. Rounding y to bf16 is 1.7e-3, rounding the weights to bf16 before as much again, partial sums that are
 added up in bf16 (split K by atomics, up to 16) up to 4 times as much; swapped codes or scales are an error near 1."""
 MOST_TOKENS_ON_CPU = 1024
-CELL_SECONDS = {"cuda": 1.0, "cpu": 6.0}
-"""After so many no further round of a cell's contenders starts."""
+RUNS = {"cuda": 30, "cpu": 60}
+CELL_SECONDS = {"cuda": 1.0, "cpu": 5.0}
+"""After so many no further round of the contenders for one layer and M starts."""
 
 Line = dict[str, Any]
 
@@ -267,7 +268,7 @@ def _measure_tokens(
                 runners[plan, name] = runner
     sizes = {cells[key].weight_bytes for key in runners}
     floors = {size: make_runner(floor.calls(size), x.device) for size in sizes}
-    times = time_in_turns(runners | floors, x.device, seconds=settings.cell_seconds)
+    times = time_in_turns(runners | floors, x.device, RUNS[settings.device], settings.cell_seconds)
     clocks = gpu_state() if settings.device == "cuda" else None
     for (plan, name), cell in cells.items():
         exact = expected[plan][:tokens]

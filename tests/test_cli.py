@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import make_tiny
 
 import taq_vllm.cli
@@ -101,3 +102,87 @@ def test_the_installed_command_answers():
     command = Path(sys.executable).parent / "taq"
     result = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "taq-vllm 0.1.0"
+
+
+@pytest.fixture
+def quick_tuning(monkeypatch, tmp_path):
+    """Tables in a folder of their own, and few copies of weights: what is measured does not matter here."""
+    from taq_kernels import ops, timing, tuned
+
+    ops.kernel_name(torch.device("cpu"))  # the compiled kernel is found before the folder of caches moves
+    monkeypatch.setattr(timing, "CPU_BYTES", 100_000)
+    monkeypatch.setattr(timing, "MEASURED_RUNS", 3)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield
+    tuned._tables.cache_clear()
+
+
+def test_tune_measures_a_models_layers_where_the_kernels_look_for_them(taq, model, tmp_path, quick_tuning):
+    from taq_kernels import tuned
+
+    command = ("tune", model, "--device", "cpu", "--m", "1,16")
+    code, text, _ = taq(*command, "--json")
+    assert code == 0
+    done = json.loads(text)
+    # qkv [512, 256], o [256, 256], gate_up [768, 256], down [256, 384]; 4, 8 and 16 bits; two M.
+    assert (done["measured"], done["kept"], done["left"]) == (4 * 3 * 2, 0, 0)
+    assert done["output"] == str(tmp_path / "cache" / "taq_kernels" / "tuned" / "cpu.json")
+    entries = tuned.latencies_for("cpu")
+    assert {(e.rows, e.columns) for e in entries} == {(512, 256), (256, 256), (768, 256), (256, 384)}
+    assert all(e.us > 0 for e in entries)
+    before = Path(done["output"]).read_text()
+    code, text, _ = taq(*command)
+    assert "0 measured now, 24 were there" in text
+    assert "microseconds on cpu" in text
+    assert Path(done["output"]).read_text() == before
+
+
+def test_tune_stops_when_its_time_is_up_and_continues(taq, model, tmp_path, quick_tuning):
+    table = tmp_path / "t.json"
+    command = ("tune", model, "--device", "cpu", "--m", "1", "-o", table, "--json")
+    assert json.loads(taq(*command, "--max-seconds", "0")[1])["left"] == 12
+    assert json.loads(taq(*command)[1])["measured"] == 12
+    assert json.loads(taq(*command, "--force")[1])["measured"] == 12
+
+
+def test_tune_cuts_layers_for_ranks_and_takes_a_plan(taq, model, tmp_path, quick_tuning):
+    plan, table = tmp_path / "p.json", tmp_path / "t.json"
+    taq("plan", model, "--baseline", "edges", "--budget", "6bits", "-o", plan)
+    command = ("tune", model, "--plan", plan, "--device", "cpu", "--m", "1", "-o", table, "--json")
+    assert taq(*command, "--tensor-parallel-size", "2")[0] == 0
+    entries = json.loads(table.read_text())["latencies"]
+    assert {(e["rows"], e["columns"], e["group_size"]) for e in entries} == {
+        (256, 256, 128),
+        (256, 128, 128),
+        (384, 256, 128),
+        (256, 192, 64),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["tune", "/nowhere"], 1, "no model at /nowhere"),
+        (["tune", "MODEL", "--device", "abacus"], 2, "got device 'abacus'"),
+        (["tune", "MODEL", "--device", "meta"], 1, "there are cpu and cuda"),
+        (["tune", "MODEL", "--m", "1,two"], 2, "whole numbers"),
+        (["tune", "MODEL", "--m", "0"], 2, "whole numbers"),
+        (["tune", "MODEL", "--device", "cpu", "-o", "MODEL"], 1, "cannot write a table to"),
+        (["tune", "MODEL", "--device", "cpu", "-o", "MODEL/config.json"], 1, "not a table of version 1"),
+        (["tune", "MODEL", "--device", "cpu", "-o", "MODEL/config.json/t.json"], 1, "cannot write a table to"),
+        (["tune", "MODEL", "--device", "cpu", "--tensor-parallel-size", "3"], 1, "3 ranks do not divide"),
+        (["tune", "MODEL", "--device", "cpu", "--plan", "/nowhere.json"], 1, "no plan at"),
+    ],
+)
+def test_tune_refuses_wrong_input(taq, model, quick_tuning, arguments, code, said):
+    got, _, error = taq(*(str(argument).replace("MODEL", str(model)) for argument in arguments))
+    assert got == code
+    assert said in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_tune_without_a_gpu_says_what_can_be_measured(taq, model, quick_tuning):
+    code, _, error = taq("tune", model, "--device", "cuda")
+    assert code == 1
+    assert "torch finds no GPU here; measure this machine with --device cpu" in error

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from taq_kernels.timing import random_codes
 from torch import Tensor
 
 GROUP_SIZE = 128
@@ -48,18 +49,11 @@ class Matrix:
 
 
 def random_matrix(bits: int, rows: int, columns: int, device: torch.device) -> Matrix:
-    """A matrix whose products with unit-variance inputs have about unit variance.
-
-    Random values throughout: zeros would switch fewer transistors and run faster, and hide swapped codes.
-    """
+    """A matrix whose products with inputs of unit variance have about unit variance."""
     if bits == 16:
         dense = torch.randn(rows, columns, device=device) * columns**-0.5
         return Matrix(bits, None, None, dense.to(torch.bfloat16))
-    codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8, device=device)
-    # Uniform codes have a standard deviation of 2^bits / sqrt(12).
-    scale = 12**0.5 / 2**bits * columns**-0.5
-    scales = (0.5 + torch.rand(rows, columns // GROUP_SIZE, device=device)) * scale
-    return Matrix(bits, codes, scales.to(torch.bfloat16), None)
+    return Matrix(bits, *random_codes(bits, rows, columns, GROUP_SIZE, device), None)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ GPU_BYTES = 512_000_000
 """Copies together have at least so many: ten times the L2 of an H200."""
 CPU_BYTES = 600_000_000
 """More than twice the largest last-level cache at hand (260 MB)."""
+MOST_COPIES = 512
+"""Of weights so small that a call takes longer to start than to read them."""
 MEASURED_RUNS = 20
 _WARM_UP_CALLS = 2
 _SPIN_CYCLES = 1_000_000  # half a millisecond: the host queues a round's graphs while the GPU spins
@@ -106,6 +108,28 @@ class GraphRunner:
         return self._result
 
 
+def random_codes(bits: int, rows: int, columns: int, group_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A symmetric matrix whose products with inputs of unit variance have about unit variance.
+
+    Random throughout: on zeros fewer transistors switch and kernels run faster, and swapped codes would not show.
+
+    Args:
+        bits: 4 or 8.
+        rows: N.
+        columns: K.
+        group_size: columns that share a scale.
+        device: where it is made.
+
+    Returns:
+        Codes [N, K] uint8 and scales [N, K / group_size] bf16.
+    """
+    codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8, device=device)
+    # Uniform codes have a standard deviation of 2^bits / sqrt(12).
+    scale = 12**0.5 / 2**bits * columns**-0.5
+    scales = (0.5 + torch.rand(rows, columns // group_size, device=device)) * scale
+    return codes, scales.to(torch.bfloat16)
+
+
 def make_runner(calls: Sequence[Call], device: torch.device) -> Runner:
     """The device's way to run calls."""
     return CallRunner(calls) if device.type == "cpu" else GraphRunner(calls)
@@ -113,9 +137,8 @@ def make_runner(calls: Sequence[Call], device: torch.device) -> Runner:
 
 def copies_needed(weight_bytes: int, device: torch.device) -> int:
     """How many copies of so many bytes exceed the device's caches."""
-    if device.type == "cpu":
-        return max(2, -(-CPU_BYTES // weight_bytes))
-    return max(COPIES, -(-GPU_BYTES // weight_bytes))
+    fewest, total_bytes = (2, CPU_BYTES) if device.type == "cpu" else (COPIES, GPU_BYTES)
+    return min(max(fewest, -(-total_bytes // weight_bytes)), MOST_COPIES)
 
 
 def time_in_turns(

@@ -26,7 +26,7 @@ PACKAGED = Path(__file__).parent / "tuned"
 CPU = "cpu"
 """The device name of tables that were measured on a processor; each machine has its own."""
 
-_SOURCES = {"cuda": ("gemm.py",), CPU: ("cpu.py", "lowbit.cpp")}
+_SOURCES = {"cuda": ("gemm.py",), CPU: ("cpu.py", "lowbit.cpp", "lowbit_isa.h")}
 _logger = logging.getLogger(__name__)
 
 Shapes = Sequence[tuple[int, int]]
