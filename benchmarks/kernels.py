@@ -192,9 +192,10 @@ def measure(todo: Iterable[Group], settings: Settings, source: Line, threads: in
         if time.monotonic() > settings.deadline:
             print(f"out of time: {' '.join(group.places[0])}, M {group.tokens} is left out", file=sys.stderr)
             continue
-        with torch.inference_mode():
-            for line in _measure_group(group, settings, floor, device):
-                yield line | {"threads": threads} | source
+        for line in _measure_group(group, settings, floor, device):
+            yield line | {"threads": threads} | source
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the next layer's copies have other sizes
 
 
 class _Cell:
@@ -229,6 +230,7 @@ class _Cell:
             return None, None
 
 
+@torch.inference_mode()
 def _measure_group(group: Group, settings: Settings, floor: Floor, device: torch.device) -> Iterator[Line]:
     """All cells of one layer; its weights are made once."""
     torch.manual_seed(0)

@@ -5,7 +5,9 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -298,6 +300,43 @@ def test_a_wrong_product_is_not_timed(few_copies):
     for wrong in (exact * 0, exact * torch.nan, exact.roll(1, dims=1), x.float() @ weights._dense.roll(1, dims=1).t()):
         with pytest.raises(ArithmeticError, match="relative error"):
             weights.check(x, wrong)
+
+
+def test_the_fastest_configuration_that_is_right_is_chosen(few_copies, monkeypatch):
+    """What a GPU is asked, with a stand-in for its products: some cannot be launched, some are wrong, some are slow."""
+    from taq_kernels import gemm
+
+    hopper = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
+    found = gemm.candidates(LAYER.shapes, LAYER.columns, 90, 132, 32)
+    unlaunchable, wrong, fastest = found[1], found[2], found[5]
+
+    def products(self, x, configs):
+        assert set(configs) == set(gemm.BUCKETS)
+        if configs[32] == unlaunchable:
+            raise RuntimeError("out of resource: shared memory")
+        if configs[32] == wrong:
+            return [lambda: torch.zeros(32, 192)]
+
+        def product():
+            time.sleep(0 if configs[32] == fastest else 0.002)
+            return x.float() @ self._dense.t()
+
+        return [product]
+
+    monkeypatch.setattr(tune._Weights, "products", products)
+    entry = tune._choose(tune.Task(LAYER, 32, True), tune._Weights(CPU))
+    assert gemm.Config(**entry.config) == fastest
+    assert entry.key == (((4, 192),), 256, 128, 32)
+    assert tuned.Table(GPU, "0", {}, (entry,)).to_json()
+
+
+def test_no_configuration_that_works_is_an_error(few_copies, monkeypatch):
+    hopper = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
+    monkeypatch.setattr(tune._Weights, "products", lambda *_: [lambda: torch.zeros(16, 192)])
+    with pytest.raises(ValueError, match=r"no configuration works .* M = 16: .* relative error 1"):
+        tune._choose(tune.Task(LAYER, 16, True), tune._Weights(CPU))
 
 
 # Timing.
