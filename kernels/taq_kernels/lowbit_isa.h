@@ -292,7 +292,9 @@ INLINE void multiply_packed(const Unpack<BITS>& unpack, const uint8_t* weights, 
       typename Unpack<BITS>::Raw raw[NB];
 #pragma GCC unroll 8
       for (int b = 0; b < NB; b++) {
-        _mm_prefetch(reinterpret_cast<const char*>(weights + cell_offset(first + b) + kPrefetch), _MM_HINT_T0);
+        const uint8_t* cell = weights + cell_offset(first + b);
+        _mm_prefetch(reinterpret_cast<const char*>(cell + kPrefetchL2), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(cell + kPrefetchL1), _MM_HINT_T0);
         raw[b] = unpack.load(weights, first + b);
       }
 #pragma GCC unroll 8
