@@ -1,4 +1,4 @@
-"""What the compiler makes of the GPU kernel, on a machine that has no GPU: registers, spills, shared memory and
+"""What the compiler makes of the GPU kernels, on a machine that has no GPU: registers, spills, shared memory and
 instructions per weight for each architecture. `python -m tests.sass` prints the table of kernels/README.md.
 
 The number that matters is instructions per weight and lane in the main loop, warp instructions x 32 lanes x warps /
@@ -9,15 +9,17 @@ import collections
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
+from taq_kernels import gemm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+MULTIPROCESSORS = {80: 108, 86: 82, 89: 142, 90: 132, 100: 148, 120: 170}  # of A100, A40, L40S, H200, B200, RTX 5090
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # that one program may ask for
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
@@ -33,6 +35,41 @@ class Compiled:
     shared_bytes: int
     sass: str
     loops: tuple[collections.Counter, ...]
+
+
+def compile_gemm(arch, bucket, bits, dtype="bf16", symmetric=True, group_size=128, columns=4096):
+    """`gemm.gemm_kernel` as the launcher would launch it for 4096 rows of each of `bits`, untuned, with K split.
+
+    Returns:
+        The configuration, what was compiled, and instructions per weight of the loop for each of `bits`.
+    """
+    config = gemm.heuristic([(b, 4096) for b in bits], columns, arch, MULTIPROCESSORS[arch], bucket)
+    launch = asdict(config) | {"slots": 1}
+    constants = gemm.kernel_constants(launch, dtype, bits, symmetric, columns, group_size, interpreted=False)
+    types = {
+        "x_ptr": f"*{dtype}",
+        "weights_ptr": "*i16",
+        "scales_ptr": f"*{dtype}",
+        "zeros_ptr": "*u8",
+        "bias_ptr": f"*{dtype}",
+        "items_ptr": "*i32",
+        "y_ptr": f"*{dtype}",
+        "partials_ptr": "*fp32",
+        "arrivals_ptr": "*i32",
+        "M": "i32",
+        "K": "i32",
+        "N": "i32",
+    }
+    if symmetric:
+        constants["zeros_ptr"] = None
+    aligned = [name for name in types if name != "M"]  # M is never specialised
+    compiled = compile_for(gemm.gemm_kernel, types, constants, arch, config.num_warps, aligned)
+    assert len(compiled.loops) == len(bits), f"{len(compiled.loops)} loops for {bits} bits"
+    # 16 bits need no unpacking and 8 bits more of it than 4, whatever order the compiler puts the loops in.
+    order = [b for b in (16, 4, 8) if b in bits]
+    loops = dict(zip(order, sorted(compiled.loops, key=collections.Counter.total), strict=True))
+    weights = {b: 128 * (64 if b == 16 else 128) for b in bits}
+    return config, compiled, {b: loops[b].total() * 32 * config.num_warps / weights[b] for b in bits}
 
 
 def compile_for(fn, types, constants, arch, num_warps, aligned):
@@ -145,5 +182,33 @@ def _run(tool, *arguments):
     return subprocess.run([BIN / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # that one program may ask for (CUDA's manual)
-SMS = {80: 108, 86: 82, 89: 142, 90: 132, 100: 148, 120: 170}  # A100, 3090, L40S, H200, B200, 5090
+def main():
+    """Print the table."""
+    print(f"Triton {triton.__version__}, one launch with 4-, 8- and 16-bit tiles, bf16, groups of 128, split K.")
+    print("Instructions per weight: symmetric / with zero points.\n")
+    print(
+        "| sm | tokens | warps | stages 4, 8, 16 | registers | spilled B | shared KiB | 4 bits | 8 bits | 16 bits | by |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for arch in MULTIPROCESSORS:
+        for bucket in gemm.BLOCK_MS:
+            config, plain, counts = compile_gemm(arch, bucket, (4, 8, 16))
+            _, offset, offset_counts = compile_gemm(arch, bucket, (4, 8, 16), symmetric=False)
+            pair = [max(getattr(plain, name), getattr(offset, name)) for name in ("registers", "spill_bytes")]
+            cells = [
+                arch,
+                config.block_m,
+                config.num_warps,
+                f"{config.stages_4}, {config.stages_8}, {config.stages_16}",
+                *pair,
+                max(plain.shared_bytes, offset.shared_bytes) // 1024,
+                f"{counts[4]:.2f} / {offset_counts[4]:.2f}",
+                f"{counts[8]:.2f} / {offset_counts[8]:.2f}",
+                f"{counts[16]:.2f}",
+                next(opcode for opcode in MATRIX if plain.loops[0][opcode]),
+            ]
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

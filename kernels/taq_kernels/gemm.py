@@ -619,11 +619,12 @@ def shared_bytes(bits: int, stages: int, block_m: int, num_warps: int, wide: boo
     """Shared memory that a loop takes at most (counted): one buffer fewer than stages, except where wgmma reads it."""
     columns = packing.BLOCK if bits < 16 else packing.DENSE_LINE
     weights, x = columns * packing.TILE_ROWS * bits // 8, columns * block_m * 2
+    few = packing.TILE_ROWS * 4  # scales and zero points on their way to other threads; barriers
     if wide:
-        return (stages if bits == 16 else stages - 1) * weights + stages * x
-    # With zero points, 8 warps of mma.sync exchange the unpacked block through shared memory.
-    exchange = packing.TILE_ROWS * packing.BLOCK * 2 if num_warps == 8 and bits < 16 else 0
-    return (stages - 1) * (weights + x) + exchange
+        return (stages if bits == 16 else stages - 1) * weights + stages * x + few
+    # With zero points, 8 warps of mma.sync pass the unpacked block on to each other.
+    unpacked = packing.TILE_ROWS * packing.BLOCK * 2 if num_warps == 8 and bits < 16 else 0
+    return (stages - 1) * (weights + x) + unpacked + few
 
 
 def _architecture(arch: int) -> _Architecture:
