@@ -186,10 +186,8 @@ def main():
     """Print the table."""
     print(f"Triton {triton.__version__}, one launch with 4-, 8- and 16-bit tiles, bf16, groups of 128, split K.")
     print("Instructions per weight: symmetric / with zero points.\n")
-    print(
-        "| sm | tokens | warps | stages 4, 8, 16 | registers | spilled B | shared KiB | 4 bits | 8 bits | 16 bits | by |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    head = "sm | tokens | warps | stages | registers | spilled B | shared KiB | 4 bits | 8 bits | 16 bits | product"
+    print(f"| {head} |\n|" + "---|" * 11)
     for arch in MULTIPROCESSORS:
         for bucket in gemm.BLOCK_MS:
             config, plain, counts = compile_gemm(arch, bucket, (4, 8, 16))
