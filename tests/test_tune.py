@@ -5,7 +5,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -315,19 +314,18 @@ def test_the_fastest_configuration_that_is_right_is_chosen(few_copies, monkeypat
         assert set(configs) == set(gemm.BUCKETS)
         if configs[32] == unlaunchable:
             raise RuntimeError("out of resource: shared memory")
-        if configs[32] == wrong:
-            return [lambda: torch.zeros(32, 192)]
+        y = x.float() @ self._dense.t()
+        return [lambda: y * 0 if configs[32] == wrong else y]
 
-        def product():
-            time.sleep(0 if configs[32] == fastest else 0.002)
-            return x.float() @ self._dense.t()
-
-        return [product]
+    def times(runners, device, runs=9):
+        us = {place: 0.1 if found[place] in (unlaunchable, wrong) else 2.0 for place in runners} | {5: 1.0}
+        return {place: timing.Times((us[place],) * runs) for place in runners}
 
     monkeypatch.setattr(tune._Weights, "products", products)
+    monkeypatch.setattr(timing, "time_in_turns", times)
     entry = tune._choose(tune.Task(LAYER, 32, True), tune._Weights(CPU))
     assert gemm.Config(**entry.config) == fastest
-    assert entry.key == (((4, 192),), 256, 128, 32)
+    assert (entry.key, entry.us) == ((((4, 192),), 256, 128, 32), 1.0)
     assert tuned.Table(GPU, "0", {}, (entry,)).to_json()
 
 
