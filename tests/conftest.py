@@ -1,6 +1,9 @@
-"""What tests of several modules share: the skip for machines without a GPU, and vLLM without its engine."""
+"""What tests of several modules share: the skip for machines without a GPU, the GPU kernel in Triton's interpreter, and
+vLLM without its engine."""
 
+import importlib.util
 import os
+import sys
 
 import pytest
 import torch
@@ -23,6 +26,21 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """`taq_kernels.gemm` a second time, its functions made for Triton's interpreter. Other tests compile the first."""
+    import triton
+    from taq_kernels import gemm
+
+    spec = importlib.util.spec_from_file_location("interpreted_gemm", gemm.__file__)
+    module = importlib.util.module_from_spec(spec)
+    with triton.knobs.runtime.scope(), pytest.MonkeyPatch.context() as patch:
+        triton.knobs.runtime.interpret = True
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")

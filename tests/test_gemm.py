@@ -1,7 +1,6 @@
 """The GPU kernel: its arithmetic in Triton's interpreter and in an emulator of its assembly, its tables, and, where
 there is a GPU, the compiled kernel itself. What it compiles to without one is in test_gemm_compile.py."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -11,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
-import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from taq_kernels import gemm, packing, reference
@@ -22,18 +20,6 @@ ROWS = {4: 130, 8: 70, 16: 20}  # two tiles, the second of two rows; one ragged 
 # By group size. Enough to be split at 32 tokens: 8, 8.5 and 7.75 blocks; else 3, 2.5 and 1.75.
 SPLIT_COLUMNS = {128: 1024, 64: 1088, 32: 992}
 WHOLE_COLUMNS = {128: 384, 64: 320, 32: 224}
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    """The module a second time, its functions made for Triton's interpreter. Other tests compile the first."""
-    spec = importlib.util.spec_from_file_location("interpreted_gemm", gemm.__file__)
-    module = importlib.util.module_from_spec(spec)
-    with triton.knobs.runtime.scope(), pytest.MonkeyPatch.context() as patch:
-        triton.knobs.runtime.interpret = True
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-    return module
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def test_matrices_that_cannot_share_a_call_are_refused():
 
 
 def test_a_cpu_has_no_packed_form_of_16_bits():
-    with pytest.raises(ValueError, match="on a GPU"):
+    with pytest.raises(ValueError, match="on cpu; only 16-bit weights on a GPU"):
         ops.pack_dense(torch.zeros(16, 128).bfloat16(), 128)
 
 

@@ -6,6 +6,7 @@ import torch
 import vllm.model_executor.layers.linear as vllm_linear
 from compressed import compress_matrix, config_dict
 from plans import make_plan, mixed
+from taq_kernels import ops, packing
 from tiny_models import make_tiny
 from transformers import AutoConfig
 from vllm.lora.layers.utils import _get_lora_device
@@ -31,8 +32,8 @@ FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj
 SIXTEEN = (16, True)
 
 # Relative RMS error of one rounding to bf16: half a spacing at most, a spacing / sqrt(12) on average, over mantissas as
-# they come 0.79 of this value. A layer rounds its output once; the weights that it is compared with are rounded to bf16,
-# as in transformers, and the kernel's are not.
+# they come 0.79 of this value. A layer rounds its output once; the weights that it is compared with are rounded to
+# bf16, as in transformers, and the kernel's are not.
 ROUNDING = 2**-9
 LAYER_ERROR = math.sqrt(2) * ROUNDING
 
@@ -170,6 +171,34 @@ def test_quantized_neighbours_share_a_call_whatever_their_bits_and_rows():
     assert (run.bits, run.sizes) == ([4, 8], [48, 48])
     x = activations(3, 256)
     assert error(output(layer, x), x, stacked(disk, "gate_proj", "up_proj")) < LAYER_ERROR
+
+
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_a_gpu_gets_a_layer_as_one_call_with_its_16_bit_matrix_in_it(interpreted, monkeypatch, tokens):
+    """Loaded on a CPU by the code that loads on a GPU, computed in Triton's interpreter."""
+
+    def h200_tables(shapes, columns, group_size, device, configs):
+        configs = {bucket: interpreted.heuristic(shapes, columns, 90, 132, bucket) for bucket in interpreted.BUCKETS}
+        tables = interpreted.build_tables(shapes, columns, group_size, configs, 132)
+        return tables.tables, tables.launches
+
+    monkeypatch.setattr(ops, "has_dense_tiles", lambda device, dtype: True)
+    monkeypatch.setattr(ops, "pack", packing.pack_tiles)
+    monkeypatch.setattr(ops, "pack_dense", packing.pack_dense_tiles)
+    monkeypatch.setattr(ops, "_launch_tables", h200_tables)
+    monkeypatch.setattr(ops, "warm_up", lambda *arguments: None)
+    disk = mixed_qkv()
+    layer = load(qkv_layer(disk), disk, QKV)
+    (run,) = layer.taq_runs
+    assert (run.bits, run.sizes) == ([4, 8, 16], [256, 128, 128])
+    calls = []
+    monkeypatch.setattr(torch.ops.taq, "linear", lambda *operands: calls.append(operands) or operands[0])
+    x = activations(tokens, 256)
+    output(layer, x)
+    ((*operands, bias),) = calls
+    assert bias is None
+    # The interpreter cuts bf16 results off instead of rounding them, which doubles that error.
+    assert error(interpreted.linear(*operands), x, stacked(disk, *QKV)) < 2 * LAYER_ERROR
 
 
 def test_bias_is_added_once_in_every_kind_of_layer():

@@ -28,9 +28,6 @@ _SCHEMA = (
     "linear(Tensor x, Tensor weights, Tensor scales, Tensor? zero_points, Tensor[] tables, int[] launches, "
     "int[] bits, int[] sizes, int group_size, Tensor? bias=None) -> Tensor"
 )
-TILE_DTYPES = (torch.bfloat16, torch.float16)
-"""What a GPU's 16-bit tiles and the activations that they are multiplied with can be."""
-
 # A torch.library.Library must outlive its operators; a namespace of the project's own cannot clash with vLLM's.
 _library: torch.library.Library | None = None
 
@@ -89,20 +86,25 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, gro
     return pack_on_device(codes, scale, zero_point, bits, group_size)
 
 
+def has_dense_tiles(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether 16-bit matrices can stand in a layer's call: on GPUs, unless the activations are fp32."""
+    return device.type != "cpu" and dtype in (torch.bfloat16, torch.float16)
+
+
 def pack_dense(weight: Tensor, group_size: int) -> PackedShard:
     """Pack one 16-bit matrix, to stand beside quantized ones in a GPU's launch.
 
     Args:
-        weight: [N, K] in one of `TILE_DTYPES`, on a GPU.
+        weight: [N, K] in the dtype of the activations; `has_dense_tiles` of its device and dtype.
         group_size: of the layer's quantized matrices.
 
     Raises:
         ValueError: another device, dtype or shape.
     """
-    if weight.device.type == "cpu" or weight.dtype not in TILE_DTYPES or weight.dim() != 2:
+    if not has_dense_tiles(weight.device, weight.dtype):
         raise ValueError(
-            f"got weights of {weight.dtype} and shape {list(weight.shape)} on {weight.device}; needed are bf16 or "
-            "fp16 [N, K] on a GPU (on a CPU, 16-bit matrices have no packed form)"
+            f"got weights of {weight.dtype} on {weight.device}; only 16-bit weights on a GPU have a packed form, "
+            "elsewhere they are multiplied as they are"
         )
     return packing.pack_dense_tiles(weight, group_size)
 
@@ -138,7 +140,7 @@ def join(shards: Sequence[PackedShard], configs: "Mapping[int, Config] | None" =
         zero_points = torch.cat([_zero_points(shard).flatten() for shard in shards])
     shapes = [(shard.bits, shard.rows) for shard in shards]
     tables, launches = [], []
-    if first.weights.device.type != "cpu":
+    if first.weights.dtype == torch.int16:
         tables, launches = _launch_tables(shapes, first.columns, first.group_size, first.weights.device, configs)
     return Operands(
         weights=torch.cat([shard.weights for shard in shards]),
@@ -161,7 +163,7 @@ def warm_up(operands: Operands, columns: int, dtype: torch.dtype, bias: Tensor |
         dtype: of the activations.
         bias: as in the calls that follow.
     """
-    if operands.weights.device.type != "cpu":
+    if operands.tables:
         from taq_kernels import gemm
 
         gemm.warm_up(columns, dtype, **vars(operands), bias=bias)

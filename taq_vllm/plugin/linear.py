@@ -207,8 +207,7 @@ class Matrix:
         self.shard = ops.pack(codes.to(device), scale.to(device), None, bits, self.group_size)
 
     def _keep_dense(self, weight: Tensor) -> "Shard":
-        # GPUs have no 16-bit tiles for float32 activations.
-        if weight.device.type == "cuda" and weight.dtype in ops.TILE_DTYPES:
+        if ops.has_dense_tiles(weight.device, weight.dtype):
             return ops.pack_dense(weight, self.group_size)
         return DenseShard(weight)
 
