@@ -19,6 +19,7 @@ themselves are `packing`'s. Needs triton, so it is imported only where a GPU is 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 
 import torch
 import triton
@@ -58,16 +59,18 @@ _FMA = {"bf16": "fma.rn.bf16x2", "fp16": "fma.rn.f16x2"}  # add.bf16x2 would nee
 _AND_OR, _AND_XOR, _SELECT = "0xEA", "0x6A", "0xE4"  # lop3: (a & b) | c;  (a & b) ^ c;  c ? a : b, bit by bit
 
 
+@cache
 def unpack_asm(bits: int, dtype: str, symmetric: bool) -> str:
     """PTX that turns two neighbouring words of each plane into eight 16-bit floats, code - zero point.
 
     Registers hold two words or two floats. $0..$3 are the results: columns w, 32 + w, 64 + w, 96 + w of the block; then
     the word of the (high) plane, that of the low plane for 8 bits, and one addend per result (`addend_base`).
 
-    8 bits need no addend where the zero point is 128 and bf16 has no mantissa bit left for the sign: the lower seven
-    bits become 128 + them, the top bit becomes 128 if set and 256 if not, and their difference is code - 128. A general
-    zero point costs one more fma. (Folding zero points through sum(x) would save an instruction in four, but needs
-    sum(x) in every program; it compiles to 2.0 for 4 bits, inside a budget of 4.0 that 2.4 is inside too.)
+    In bf16 an 8-bit code has one bit more than the mantissa: the lower seven become 128 + them, the top one becomes
+    -128 if set and -256 if not, and their sum is code - 128. So a symmetric zero point costs nothing, any other an fma
+    more. (Zero points could be folded through sum(x) instead, which saves an fma for two weights. They are subtracted
+    because that is exact, needs no sum(x) in every program, and what it costs is inside the budget: counted, 2.6 of 4.0
+    instructions for 4 bits, 4.1 of 7.9 for 8.)
 
     Args:
         bits: 4 or 8.
@@ -519,9 +522,9 @@ class _Architecture:
     blocks: dict[int, tuple[int, int]]  # block_m: warps of a program, programs that fit on a multiprocessor
 
 
-# Counted: registers and shared memory of tests/test_gemm_compile.py's variants allow these programs; with these warps
-# none spills up to block_m 32, nor in a loop above. On sm_100 two warps use mma.sync, which at 16 tokens compiles to
-# fewer instructions than tcgen05 (2.1 against 2.5 per weight) and waits for less.
+# Counted: registers and shared memory of the variants in tests/test_gemm_compile.py allow these programs; with these
+# warps none spills up to block_m 32, nor in a loop above. On sm_100 two warps use mma.sync, which at 16 tokens compiles
+# to fewer instructions than tcgen05 (2.1 against 2.5 per weight) and waits for less.
 _SMALL_SHARED = {16: (4, 2), 32: (4, 2), 64: (8, 1), 128: (8, 1)}
 _ARCHITECTURES = {
     80: _Architecture(163, {16: (4, 3), 32: (4, 2), 64: (8, 1), 128: (8, 1)}),
@@ -722,10 +725,9 @@ def validate_table(table: Tensor, shapes: Sequence[tuple[int, int]], columns: in
     sizes = [packing.packed_sizes(bits, rows, columns, group_size) for bits, rows in shapes]
     weights_end, scales_end = (sum(size) for size in zip(*sizes, strict=True))
     total_rows = sum(rows for _, rows in shapes)
-    parts_seen: dict[tuple[int, ...], set[int]] = {}
+    parts_of_tile: dict[tuple[int, ...], set[int]] = {}
     for index, values in enumerate(table.tolist()):
         item = dict(zip(ITEM, values, strict=True))
-        tile = {name: item[name] for name in ITEM if name != "part"}
         if item["bits"] not in (4, 8, 16):
             raise ValueError(f"item {index} has bits {item['bits']}; 4, 8 or 16 are computed")
         if not 1 <= item["rows"] <= packing.TILE_ROWS or not 0 <= item["row"] <= total_rows - item["rows"]:
@@ -746,26 +748,24 @@ def validate_table(table: Tensor, shapes: Sequence[tuple[int, int]], columns: in
             )
         if item["parts"] > 1 and not 0 <= item["slot"] <= slots - item["parts"]:
             raise ValueError(f"item {index} needs slots {item['slot']} and {item['parts'] - 1} more; there are {slots}")
-        parts = parts_seen.setdefault(tuple(tile.values()), set())
-        if item["part"] in parts:
+        seen = parts_of_tile.setdefault((*values[:5], *values[6:]), set())
+        if item["part"] in seen:
             raise ValueError(f"item {index} computes rows {item['row']} .. again: part {item['part']}")
-        parts.add(item["part"])
-    named = [dict(zip([name for name in ITEM if name != "part"], tile, strict=True)) for tile in parts_seen]
-    for tile, parts in zip(named, parts_seen.values(), strict=True):
-        if len(parts) != tile["parts"]:
-            raise ValueError(f"rows {tile['row']} ..: {len(parts)} of {tile['parts']} parts of K are computed")
-    row = 0
-    for tile in sorted(named, key=lambda tile: tile["row"]):
-        if tile["row"] != row:
-            raise ValueError(f"row {min(row, tile['row'])} is computed {'twice' if tile['row'] < row else 'nowhere'}")
-        row += tile["rows"]
-    if row != total_rows:
-        raise ValueError(f"row {row} is computed nowhere")
-    slot = 0
-    for tile in sorted((tile for tile in named if tile["parts"] > 1), key=lambda tile: tile["slot"]):
-        if tile["slot"] < slot:
-            raise ValueError(f"rows {tile['row']} ..: slot {tile['slot']} belongs to another tile")
-        slot = tile["slot"] + tile["parts"]
+        seen.add(item["part"])
+    next_row = 0
+    for (_, _, _, row, rows, parts, _), seen in sorted(parts_of_tile.items(), key=lambda entry: entry[0][3]):
+        if len(seen) != parts:
+            raise ValueError(f"rows {row} ..: {len(seen)} of {parts} parts of K are computed")
+        if row != next_row:
+            raise ValueError(f"row {min(row, next_row)} is computed {'twice' if row < next_row else 'nowhere'}")
+        next_row += rows
+    if next_row != total_rows:
+        raise ValueError(f"row {next_row} is computed nowhere")
+    next_slot = 0
+    for _, _, _, row, _, parts, slot in sorted(parts_of_tile, key=lambda tile: tile[6]):
+        if parts > 1 and slot < next_slot:
+            raise ValueError(f"rows {row} ..: slot {slot} belongs to another tile")
+        next_slot = slot + parts if parts > 1 else next_slot
 
 
 def _items(
@@ -780,9 +780,8 @@ def _items(
         for first in range(0, shard_rows, packing.TILE_ROWS):
             rows = min(packing.TILE_ROWS, shard_rows - first)
             for part in range(parts):
-                cost = (
-                    _block_cost(bits, config.block_m) * rows * ((part + 1) * blocks // parts - part * blocks // parts)
-                )
+                length = (part + 1) * blocks // parts - part * blocks // parts
+                cost = _block_cost(bits, config.block_m) * rows * length
                 items.append((cost, (bits, weights, scales, row, rows, part, parts, slots if parts > 1 else -1)))
             words, group_values = packing.packed_sizes(bits, rows, columns, group_size)
             weights += words // packing.WORDS
