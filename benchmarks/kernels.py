@@ -36,15 +36,21 @@ from benchmarks.peers.kernels import CONTENDERS, Contender, Matrix, Product, ran
 from benchmarks.provenance import provenance
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-TIERS = ((1, 16, 64), (8, 32, 128, 256), (1024, 4096), (2, 4, 512, 2048))
-"""M in the order in which they are measured."""
+TIERS = {
+    "cuda": ((1, 16, 64), (8, 32, 128, 256), (1024, 4096), (2, 4, 512, 2048)),
+    "cpu": ((1, 2, 4, 8, 16, 32, 64, 128, 256), (512, 1024, 2048, 4096)),
+}
+"""M in the order in which they are measured: time on a GPU is scarce, so the most telling come first; on a CPU making
+the weights takes longer than measuring them at small M."""
+DEFAULT_TOKENS = {"cuda": TOKENS, "cpu": (1, 4, 8, 16, 32, 64, 128, 256, 1024)}
+MOST_WORK = {"cuda": math.inf, "cpu": 2e10}
+"""Multiply-adds a call. Larger layers are left out where a call takes seconds; 4096 x 4096 is measured up to 1024."""
 PLANS = ("16", "4", "8", "half", "4+8+16")
 """One bitwidth; half of the bytes at 4 and half at 8 bits; or q at 4, k at 8 and v at 16 bits, in fused QKV only."""
 TILE_ROWS = 128  # `half` is cut at a multiple of the GPU kernel's tiles
 LARGEST_ERROR = 1e-2
 """Relative RMS. Rounding y to bf16 is 1.7e-3, rounding the weights to bf16 before as much again, partial sums that are
 added up in bf16 (split K by atomics, up to 16) up to 4 times as much; swapped codes or scales are an error near 1."""
-MOST_TOKENS_ON_CPU = 1024
 RUNS = {"cuda": 30, "cpu": 60}
 CELL_SECONDS = {"cuda": 1.0, "cpu": 5.0}
 """After so many no further round of the contenders for one layer and M starts."""
@@ -132,8 +138,8 @@ class Group:
     tokens: tuple[int, ...]
 
 
-def groups(models: Sequence[str], tokens: Sequence[int]) -> list[Group]:
-    """All groups, the most telling first: tier by tier, and in a tier model by model as given.
+def groups(models: Sequence[str], tokens: Sequence[int], device: str) -> list[Group]:
+    """All groups: tier by tier, and in a tier model by model as given.
 
     A shape that several models share is measured once.
     """
@@ -141,8 +147,13 @@ def groups(models: Sequence[str], tokens: Sequence[int]) -> list[Group]:
     for model in models:
         for name, layer in MODELS[model].items():
             places.setdefault(layer, []).append((model, name))
-    tiers = [tuple(m for m in tier if m in tokens) for tier in TIERS]
-    return [Group(layer, tuple(where), tier) for tier in tiers if tier for layer, where in places.items()]
+    found = []
+    for tier in TIERS[device]:
+        for layer, where in places.items():
+            most = MOST_WORK[device] / (layer.rows * layer.columns)
+            if wanted := tuple(m for m in tier if m in tokens and m <= most):
+                found.append(Group(layer, tuple(where), wanted))
+    return found
 
 
 # Measuring.
@@ -575,16 +586,33 @@ def _floor_share(results: Results, model: str, tokens: int, plan: str) -> str:
     return f"{sum(x['floor_us'][kind] for x in lines) / sum(x['us'][kind] for x in lines):.0%}" if lines else "-"
 
 
+def readme_section(lines: Sequence[Line]) -> str:
+    """The tables of the models that are judged, and what must hold, for README.md."""
+    parts = []
+    for results in _by_threads(lines):
+        where = f"{results.threads} thread(s)" if results.threads else next(x["gpu"] for x in lines if not x["threads"])
+        for model in JUDGED[results.device]:
+            if any(results.bf16_us(model, tokens) for tokens in results.tokens()):
+                parts.append(f"{model}, {where}; all linears of a block, speedup over bf16:\n\n{table(results, model)}")
+        sentences = [
+            f"- {figure.verdict} {figure.what}: {figure.value:.2f} ({'at most' if figure.at_most else 'at least'} "
+            f"{figure.must:g})"
+            for figure in figures(results)
+            if figure.value is not None
+        ]
+        parts.append("\n".join(sentences))
+    return "\n\n".join(parts)
+
+
 def report(lines: Sequence[Line]) -> str:
     """Tables of every model, what must hold, and what failed, as Markdown."""
     text = []
-    for threads in sorted({line["threads"] for line in lines}):
-        results = Results(lines, threads)
-        head = next(line for line in lines if line["threads"] == threads)
-        versions = {line["contender"]: line["contender_version"] for line in lines if line["threads"] == threads}
-        where = head["gpu"] or f"{head['processor']}, {threads} thread(s)"
+    for results in _by_threads(lines):
+        own = [line for line in lines if line["threads"] == results.threads]
+        versions = {line["contender"]: line["contender_version"] for line in own}
         named = ", ".join(f"{name} {version}" for name, version in versions.items())
-        text.append(f"## {where}\n\nCommit {head['commit']}; {named}.")
+        where = own[0]["gpu"] or f"{own[0]['processor']}, {results.threads} thread(s)"
+        text.append(f"## {where}\n\nCommit {own[0]['commit']}; {named}.")
         text += [f"### {model}: speedup over bf16\n\n{table(results, model)}" for model in results.models()]
         rows = [
             f"| {figure.what} | {'at most' if figure.at_most else 'at least'} {figure.must:g} | "
@@ -592,26 +620,27 @@ def report(lines: Sequence[Line]) -> str:
             for figure in figures(results)
         ]
         text.append("\n".join(["### What must hold\n", "| | must be | is | |", "|---|---|---:|---|", *rows]))
-    if failed := [line for line in lines if "failed" in line]:
-        where = [
-            f"{line['contender']} {line['plan']}, {line['model']} {line['layer']}, M {line['tokens']}"
-            for line in failed
-        ]
-        text.append("\n".join(["### Failed\n", *(f"- {w}: {x['failed']}" for w, x in zip(where, failed, strict=True))]))
+    failed = [
+        f"- {line['contender']} {line['plan']}, {line['model']} {line['layer']}, M {line['tokens']}: {line['failed']}"
+        for line in lines
+        if "failed" in line
+    ]
+    if failed:
+        text.append("\n".join(["### Failed\n", *failed]))
     if missing := sorted({name for line in lines for name in line["not_installed"]}):
         text.append(f"Not installed where this was measured: {', '.join(missing)}.")
     return "\n\n".join(text) + "\n"
+
+
+def _by_threads(lines: Sequence[Line]) -> list[Results]:
+    return [Results(lines, threads) for threads in sorted({line["threads"] for line in lines})]
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:
     """Speedup over bf16 against M, one curve per contender; a panel per model and number of threads."""
     from matplotlib.figure import Figure as Canvas
 
-    panels = [
-        (results, model)
-        for results in [Results(lines, threads) for threads in sorted({line["threads"] for line in lines})]
-        for model in results.models()
-    ]
+    panels = [(results, model) for results in _by_threads(lines) for model in results.models()]
     canvas = Canvas(figsize=(6 * len(panels), 5), layout="constrained")
     for place, (results, model) in enumerate(panels, start=1):
         axes = canvas.add_subplot(1, len(panels), place)
@@ -644,7 +673,7 @@ def main() -> None:
 
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--models", type=several(str), help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--m", type=several(int), help="numbers of tokens, as 1,16,64 (default: all; on a CPU to 1024)")
+    parser.add_argument("--m", type=several(int), help="numbers of tokens, as 1,16,64")
     parser.add_argument("--bits", type=several(str), default=PLANS, help=f"plans, of {', '.join(PLANS)}")
     parser.add_argument("--contenders", type=several(str), default=(), help="only these")
     parser.add_argument("--threads", type=several(int), default=(1,), help="of a CPU, as 1,2: one run each")
@@ -662,7 +691,7 @@ def main() -> None:
         parser.error("give --out FILE")
     on_gpu = arguments.device == "cuda"
     models = arguments.models or (tuple(name for name in MODELS if name != "square") if on_gpu else JUDGED["cpu"])
-    tokens = arguments.m or tuple(m for m in TOKENS if on_gpu or m <= MOST_TOKENS_ON_CPU)
+    tokens = arguments.m or DEFAULT_TOKENS[arguments.device]
     names = {contender.name for contender in CONTENDERS}
     for given, known in ((models, MODELS), (arguments.bits, PLANS), (tokens, TOKENS), (arguments.contenders, names)):
         if unknown := [value for value in given if value not in known]:
@@ -680,7 +709,7 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a", encoding="utf-8") as out:
         for threads in (0,) if on_gpu else arguments.threads:
-            for line in measure(groups(models, tokens), settings, source, threads):
+            for line in measure(groups(models, tokens, arguments.device), settings, source, threads):
                 print(json.dumps(line), file=out, flush=True)
                 said = f"{line['us']['median']:9.1f} us" if "us" in line else f"failed ({line['failed']})"
                 cell = f"{line['model']} {line['layer']} M={line['tokens']} {line['contender']} {line['plan']}"

@@ -49,12 +49,19 @@ def test_three_bitwidths_are_for_fused_qkv_alone():
     assert not any(layers[name].matrices("4+8+16") for name in ("o_proj", "gate_up_proj", "down_proj"))
 
 
-def test_a_shape_is_measured_once_and_small_m_come_first():
-    found = kernels.groups(("Llama-3.1-8B", "Mistral-7B", "square"), (1, 64, 4096))
+def test_a_shape_is_measured_once_and_the_most_telling_m_come_first():
+    found = kernels.groups(("Llama-3.1-8B", "Mistral-7B", "square"), (1, 64, 4096), "cuda")
     assert [group.tokens for group in found] == [(1, 64)] * 4 + [(4096,)] * 4
     assert found[0].places == (("Llama-3.1-8B", "qkv_proj"), ("Mistral-7B", "qkv_proj"))
     assert ("square", "4096x4096") in found[1].places
-    assert {m for tier in kernels.TIERS for m in tier} == set(kernels.TOKENS)
+    for tiers in kernels.TIERS.values():
+        assert {m for tier in tiers for m in tier} == set(kernels.TOKENS)
+
+
+def test_calls_of_seconds_are_left_out_on_a_cpu():
+    found = kernels.groups(("square", "Llama-3.1-8B"), kernels.DEFAULT_TOKENS["cpu"], "cpu")
+    most = {group.places[0][1]: max(group.tokens) for group in found}
+    assert most == {"4096x4096": 1024, "qkv_proj": 256, "gate_up_proj": 128, "down_proj": 256}
 
 
 # A real run.
@@ -350,6 +357,10 @@ def test_the_report_is_made_from_lines_alone(tmp_path):
     assert "## NVIDIA Test 1" in text
     assert "## a CPU, 2 thread(s)" in text
     assert "| 4 bits over bf16, M 1 | at least 2.8 | 3.00 | holds |" in text
+    section = kernels.readme_section(lines)
+    assert section.count("| M | bf16, µs |") == 4  # two models on a GPU, two on a CPU
+    assert "- holds 4 bits over bf16, M 1: 3.00 (at least 2.8)" in section
+    assert "not measured" not in section
     kernels.plot(lines, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
