@@ -21,6 +21,7 @@ class BuildLibrary(build_py):
     library: Path | None = None
 
     def run(self) -> None:
+        """Leave `library` None where nothing was compiled."""
         super().run()
         if self.editable_mode:
             return
@@ -40,6 +41,7 @@ class PlatformWheel(bdist_wheel):
     """A wheel with the library is for one platform, but for every Python: the library knows nothing of it."""
 
     def get_tag(self) -> tuple[str, str, str]:
+        """Python, ABI and platform; called when all files are in place and before their list is written."""
         if self.get_finalized_command("build_py").library is None:
             return super().get_tag()
         self.root_is_pure = False

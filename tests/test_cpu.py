@@ -1,0 +1,354 @@
+import math
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from taq_kernels import cpu
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Relative RMS error of one rounding, but for the factor 0.79 (mantissas spread as they come).
+EPSILON = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 2**-25}
+
+
+def isas():
+    """Each instruction set, skipped where this machine can't run it."""
+    return [
+        pytest.param(isa, id=name, marks=pytest.mark.skipif(not cpu.supports(isa), reason=f"no {name} or no compiler"))
+        for name, isa in cpu.ISAS.items()
+    ]
+
+
+needs_kernel = pytest.mark.skipif(cpu._library() is None, reason="no compiler, or not an x86-64 CPU with AVX2")
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def layout(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(cpu, "_library", lambda: None)
+    elif cpu._library() is None:
+        pytest.skip("no compiler, or not an x86-64 CPU with AVX2")
+    return request.param
+
+
+@pytest.fixture
+def one_thread_after():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def matrix(rows, columns, bits, group_size=128, symmetric=True, dtype=torch.bfloat16, seed=0):
+    """Codes, scales and zero points."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8, generator=generator)
+    groups = (rows, columns // group_size)
+    scale = (torch.rand(groups, generator=generator) * 0.01 + 0.001).to(dtype)
+    zero_point = None if symmetric else torch.randint(0, 2**bits, groups, dtype=torch.uint8, generator=generator)
+    return codes, scale, zero_point
+
+
+def weights_of(codes, scale, zero_point, bits, group_size):
+    """The weights in float64, where products of codes and scales are exact."""
+    middle = 2 ** (bits - 1)
+    zero_point = middle if zero_point is None else zero_point.double().repeat_interleave(group_size, 1)
+    return (codes.double() - zero_point) * scale.double().repeat_interleave(group_size, 1)
+
+
+def join(shards):
+    """Arguments of `cpu.linear` after x; symmetric shards get zero points if another one has some."""
+    zero_points = None
+    if any(shard.zero_points is not None for shard in shards):
+        zero_points = torch.cat(
+            [
+                torch.full(shard.scales.shape, 2 ** (shard.bits - 1), dtype=torch.uint8)
+                if shard.zero_points is None
+                else shard.zero_points
+                for shard in shards
+            ]
+        )
+    return (
+        torch.cat([shard.weights for shard in shards]),
+        torch.cat([shard.scales for shard in shards]),
+        zero_points,
+        [shard.bits for shard in shards],
+        [shard.rows for shard in shards],
+        shards[0].group_size,
+    )
+
+
+def activations(*shape, dtype=torch.bfloat16, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def relative_rms(got, expected):
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+def assert_exact_up_to_rounding(got, expected, summing):
+    """At most 2 % more error than the rounded exact result has; in float32 what sums in float32 may add."""
+    assert got.shape == expected.shape
+    rounding = relative_rms(expected.to(got.dtype), expected)
+    if got.dtype == torch.float32:
+        assert relative_rms(got, expected) < rounding + summing
+    else:
+        assert relative_rms(got, expected) <= 1.02 * rounding
+
+
+# ---- Layout --------------------------------------------------------------------------------------------------------
+
+
+@needs_kernel
+def test_a_row_of_4_bit_codes_is_a_golden_word():
+    codes = torch.full((64, 32), 8, dtype=torch.uint8)
+    codes[17, 8:16] = torch.arange(8)
+    shard = cpu.pack(codes, torch.ones(64, 1), None, 4, 32)
+    words = shard.weights.view(torch.int32)
+    # Step 1 (columns 8-15) begins at word 64, cell 1 (rows 16-31) 16 words later, row 17 is its lane 1. Codes 0 .. 7
+    # are -8 .. -1, nibbles 8 .. F: columns 0, 2, 4, 6 in the lower half, 1, 3, 5, 7 in the upper.
+    assert words[64 + 16 + 1].item() & 0xFFFFFFFF == 0xFDB9ECA8
+    words[64 + 16 + 1] = 0
+    assert not words.any()
+
+
+@needs_kernel
+def test_an_8_bit_code_is_a_golden_byte():
+    codes = torch.full((64, 32), 128, dtype=torch.uint8)
+    codes[35, 6] = 255
+    shard = cpu.pack(codes, torch.ones(64, 1), None, 8, 32)
+    # Step 1 (columns 4-7), cell 2 (rows 32-47), column 2 of it, row 3 of it: 255 - 128.
+    assert shard.weights.nonzero().flatten().tolist() == [256 + 2 * 64 + 2 * 16 + 3]
+    assert shard.weights.max().item() == 127
+
+
+def test_unpacking_is_the_inverse_of_packing(layout):
+    @settings(max_examples=60, deadline=None)
+    @given(
+        rows=st.integers(1, 140),
+        groups=st.integers(1, 3),
+        bits=st.sampled_from([4, 8]),
+        group_size=st.sampled_from([32, 64, 128]),
+        symmetric=st.booleans(),
+        dtype=st.sampled_from(DTYPES),
+        seed=st.integers(0, 2**32 - 1),
+    )
+    def check(rows, groups, bits, group_size, symmetric, dtype, seed):
+        codes, scale, zero_point = matrix(rows, groups * group_size, bits, group_size, symmetric, dtype, seed)
+        got_codes, got_scale, got_zero_point = cpu.unpack(cpu.pack(codes, scale, zero_point, bits, group_size))
+        assert torch.equal(got_codes, codes)
+        assert got_scale.dtype == dtype
+        assert torch.equal(got_scale, scale)
+        if zero_point is None:
+            assert got_zero_point is None
+        elif not (layout == "torch" and (zero_point == 2 ** (bits - 1)).all()):
+            assert torch.equal(got_zero_point, zero_point)
+
+    check()
+
+
+@pytest.mark.parametrize(("bits", "bytes_per_weight"), [(4, 0.5), (8, 1)])
+@needs_kernel
+def test_a_packed_matrix_takes_the_bytes_of_its_codes_scales_and_zero_points(bits, bytes_per_weight):
+    codes, scale, zero_point = matrix(128, 256, bits, symmetric=False)
+    shard = cpu.pack(codes, scale, zero_point, bits, 128)
+    assert shard.weights.nbytes == 128 * 256 * bytes_per_weight
+    assert (shard.scales.nbytes, shard.zero_points.nbytes) == (128 * 2 * 2, 128 * 2)
+    assert cpu.packed_sizes(bits, 128, 256, 128) == (shard.weights.numel(), shard.scales.numel())
+    assert cpu.pack(codes, scale, None, bits, 128).zero_points is None
+
+
+# ---- Products ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [128, 64, 32])
+def test_product_is_the_exact_one_rounded(isa, dtype, bits, symmetric, group_size):
+    if isa == cpu.ISAS["AVX-512 bf16"] and dtype != torch.bfloat16:
+        pytest.skip("bf16 instructions multiply bf16")
+    columns, rows = 384, 100
+    scale_dtype = {128: torch.bfloat16, 64: torch.float16, 32: torch.float32}[group_size]
+    codes, scale, zero_point = matrix(rows, columns, bits, group_size, symmetric, scale_dtype)
+    operands = join([cpu.pack(codes, scale, zero_point, bits, group_size)])
+    exact_weights = weights_of(codes, scale, zero_point, bits, group_size)
+    # Errors of K float32 additions, each of a partial sum: 2^-24 sqrt(K) of the result. AVX2's 4-bit codes are
+    # multiplied as 24 + c, whose RMS is 24.4 against 4.6 for c.
+    summing = math.sqrt(columns) * 2**-24 * (5.3 if isa == cpu.ISAS["AVX2"] and bits == 4 else 1)
+    for tokens in (*range(1, 14), 16, 33, 100, 200):
+        x = activations(tokens, columns, dtype=dtype)
+        got = cpu.linear_with(isa, x, *operands, None)
+        assert got.dtype == dtype
+        assert_exact_up_to_rounding(got, x.double() @ exact_weights.T, summing)
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_activations_of_one_sign_and_outliers_cost_no_accuracy(isa, tokens):
+    codes, scale, zero_point = matrix(64, 512, 8, symmetric=False)
+    operands = join([cpu.pack(codes, scale, zero_point, 8, 128)])
+    exact_weights = weights_of(codes, scale, zero_point, 8, 128)
+    outliers = activations(tokens, 512)
+    outliers[:, ::64] *= 100
+    for x in (activations(tokens, 512).abs() + 5, outliers):
+        got = cpu.linear_with(isa, x, *operands, None)
+        assert_exact_up_to_rounding(got, x.double() @ exact_weights.T, 0)
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 50])
+def test_shards_of_different_bits_and_ragged_sizes_are_one_call(isa, with_bias, tokens):
+    bits, sizes = (4, 8, 4, 8), (64, 20, 130, 7)
+    matrices = [
+        matrix(n, 256, b, symmetric=i % 2 == 0, seed=i) for i, (n, b) in enumerate(zip(sizes, bits, strict=True))
+    ]
+    operands = join([cpu.pack(*m, b, 128) for m, b in zip(matrices, bits, strict=True)])
+    x, bias = activations(tokens, 256), activations(sum(sizes), seed=9) if with_bias else None
+    expected = x.double() @ torch.cat([weights_of(*m, b, 128) for m, b in zip(matrices, bits, strict=True)]).T
+    if with_bias:
+        expected += bias.double()
+    assert_exact_up_to_rounding(cpu.linear_with(isa, x, *operands, bias), expected, 0)
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_token_is_computed_alike_whatever_comes_with_it_and_by_any_number_of_threads(isa, bits, one_thread_after):
+    operands = join([cpu.pack(*matrix(200, 256, bits, symmetric=False), bits, 128)])
+    x = activations(300, 256)
+    torch.set_num_threads(1)
+    whole = cpu.linear_with(isa, x, *operands, None)
+    for tokens in (1, 2, 3, 5, 8, 12, 13, 64, 193):
+        assert torch.equal(cpu.linear_with(isa, x[:tokens], *operands, None), whole[:tokens])
+    torch.set_num_threads(2)
+    for tokens in (1, 7, 40, 300):
+        assert torch.equal(cpu.linear_with(isa, x[:tokens], *operands, None), whole[:tokens])
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_rounding_is_to_nearest_even_and_keeps_what_is_not_a_number(isa):
+    codes = torch.full((64, 32), 8, dtype=torch.uint8)
+    codes[:, :2] = 9  # the sum of two columns
+    # Only the rounded sum overflows, not the float32 ones before it.
+    operands = join([cpu.pack(codes, torch.full((64, 1), 2.0**20), None, 4, 32)])
+    x = torch.zeros(5, 32, dtype=torch.bfloat16)
+    x[:, :2] = torch.tensor([[256, 1], [258, 1], [-256, -1], [3.3895e38, 1e36], [math.nan, 1]]) * 2.0**-20
+    got = cpu.linear_with(isa, x, *operands, None)
+    assert got[:4, 5].tolist() == [256, 260, -256, math.inf]
+    assert got[4].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_tokens_give_no_rows(layout, dtype):
+    operands = join([cpu.pack(*matrix(20, 128, 4, dtype=dtype), 4, 128)])
+    assert cpu.linear(torch.empty(0, 128, dtype=dtype), *operands, None).shape == (0, 20)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@needs_kernel
+def test_product_with_rounded_weights_is_exact_up_to_both_roundings(bits, dtype):
+    sizes = (600, 70)  # more than a slab, and a ragged tile
+    matrices = [matrix(n, 256, bits, symmetric=False, seed=n) for n in sizes]
+    operands = join([cpu.pack(*m, bits, 128) for m in matrices])
+    x, bias = activations(40, 256, dtype=dtype), activations(sum(sizes), dtype=dtype)
+    expected = x.double() @ torch.cat([weights_of(*m, bits, 128) for m in matrices]).T + bias.double()
+    got = cpu.linear_dequantized(x, *operands, bias)
+    # Weights, products and the sum with the bias are rounded once each.
+    assert relative_rms(got, expected) < math.sqrt(3) * EPSILON[dtype] + math.sqrt(256) * 2**-24
+
+
+@needs_kernel
+def test_with_amx_many_tokens_are_multiplied_by_torch(monkeypatch):
+    operands = join([cpu.pack(*matrix(64, 128, 4), 4, 128)])
+    calls = []
+    monkeypatch.setattr(cpu, "_has_amx", lambda dtype: True)
+    monkeypatch.setattr(cpu, "linear_dequantized", lambda x, *rest: calls.append(x.shape[0]))
+    for tokens in (1, cpu.AMX_FROM_TOKENS - 1, cpu.AMX_FROM_TOKENS, 100):
+        cpu.linear(activations(tokens, 128), *operands, None)
+    assert calls == [cpu.AMX_FROM_TOKENS, 100]
+
+
+# Weights are rounded to nothing or to 16 bits, additive zeros are rounded once (8 steps * EPSILON, weights are about 6
+# steps), and so are products and sums with the bias.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 5, 200])
+@pytest.mark.parametrize("group_size", [128, 32])
+def test_torchs_kernel_takes_over_where_nothing_can_be_compiled(dtype, tokens, group_size, monkeypatch):
+    monkeypatch.setattr(cpu, "_library", lambda: None)
+    bits, sizes = (4, 8, 4), (80, 20, 40)
+    matrices = [
+        matrix(n, 256, b, group_size, i % 2 == 0, dtype, seed=i)
+        for i, (n, b) in enumerate(zip(sizes, bits, strict=True))
+    ]
+    operands = join([cpu.pack(*m, b, group_size) for m, b in zip(matrices, bits, strict=True)])
+    x, bias = activations(tokens, 256, dtype=dtype), activations(sum(sizes), dtype=dtype)
+    weights = torch.cat([weights_of(*m, b, group_size) for m, b in zip(matrices, bits, strict=True)])
+    got = cpu.linear(x, *operands, bias)
+    assert got.dtype == dtype
+    assert relative_rms(got, x.double() @ weights.T + bias.double()) < 2 * EPSILON[dtype] + 4 * math.sqrt(256) * 2**-24
+    assert cpu.kernel_name().startswith("torch int4")
+
+
+def test_scales_of_another_dtype_than_the_activations_are_used_as_they_are(layout):
+    codes, scale, zero_point = matrix(64, 256, 8, symmetric=False, dtype=torch.bfloat16)
+    operands = join([cpu.pack(codes, scale, zero_point, 8, 128)])
+    x = activations(3, 256, dtype=torch.float32)
+    # bf16 scales and the two parts of a zero (torch's layout) are exact in float32, but their parts carry 16 bits.
+    bound = 2**-16 if layout == "torch" else math.sqrt(256) * 2**-24
+    expected = x.double() @ weights_of(codes, scale, zero_point, 8, 128).T
+    assert relative_rms(cpu.linear(x, *operands, None), expected) < bound
+
+
+# ---- The process ---------------------------------------------------------------------------------------------------
+
+
+@needs_kernel
+def test_an_instruction_set_that_does_not_fit_is_refused():
+    operands = join([cpu.pack(*matrix(64, 128, 4), 4, 128)])
+    with pytest.raises(ValueError, match="instruction set 3"):
+        cpu.linear_with(cpu.ISAS["AVX-512 bf16"], activations(1, 128, dtype=torch.float16), *operands, None)
+
+
+@needs_kernel
+def test_calls_from_several_python_threads_do_not_disturb_each_other(one_thread_after):
+    torch.set_num_threads(2)
+    operands = join([cpu.pack(*matrix(256, 512, 4), 4, 128)])
+    inputs = [activations(tokens, 512, seed=tokens) for tokens in (1, 3, 20, 60)]
+    expected = [cpu.linear(x, *operands, None) for x in inputs]
+    wrong = []
+
+    def work(x, want):
+        for _ in range(30):
+            if not torch.equal(cpu.linear(x, *operands, None), want):
+                wrong.append(x.shape[0])
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@needs_kernel
+def test_the_kernel_runs_on_torchs_own_openmp_threads():
+    program = """
+import torch
+from taq_kernels import cpu
+torch.set_num_threads(2)
+shard = cpu.pack(torch.zeros(256, 128, dtype=torch.uint8), torch.ones(256, 1), None, 4, 128)
+cpu.linear(torch.ones(2, 128), shard.weights, shard.scales, None, [4], [256], 128, None)
+print(len({line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.rpartition("/")[2]}))
+print(len([thread for thread in __import__("os").listdir("/proc/self/task")]))
+torch.ones(512, 512) @ torch.ones(512, 512)
+print(len([thread for thread in __import__("os").listdir("/proc/self/task")]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    runtimes, threads, threads_after_torch = map(int, done.stdout.split())
+    assert runtimes == 1
+    assert threads_after_torch == threads
