@@ -8,10 +8,12 @@ copies of its weights that exceed the caches (`taq_kernels.timing`), beside the 
     python -m benchmarks.kernels --device cuda --out benchmarks/results/kernels-h200.jsonl --max-seconds 500
     python -m benchmarks.kernels --device cpu --threads 1,2 --out benchmarks/results/kernels-cpu.jsonl
     python -m benchmarks.kernels --report benchmarks/results/kernels-h200.jsonl
+    python -m benchmarks.kernels --tune kernels/taq_kernels/tuned/nvidia-h200.json --max-seconds 500
 
 One JSON line is appended per cell (contender, plan, layer, M) as soon as it is measured, the most telling cells first,
-so that a run that is cut short is still of use. `--report` writes a table, a plot beside the first file, and what must
-hold. Peers (`benchmarks.peers.kernels`) take part where they are installed.
+so that a run that is cut short is still of use. `--report` makes tables, a plot beside the first file, and what must
+hold; `--tune` the table of tuned launches that comes with the package, for all these layers. Peers
+(`benchmarks.peers.kernels`) take part where they are installed.
 """
 
 import argparse
@@ -29,10 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from taq_kernels import tune
 from taq_kernels.timing import Floor, Runner, Times, copies_needed, make_runner, time_in_turns
+from taq_kernels.tuned import rows_by_bits
 from torch import Tensor
 
-from benchmarks.peers.kernels import CONTENDERS, Contender, Matrix, Product, random_matrix
+from benchmarks.peers.kernels import CONTENDERS, GROUP_SIZE, Contender, Matrix, Product, random_matrix
 from benchmarks.provenance import provenance
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -338,6 +342,28 @@ def relative_error(y: Tensor | tuple[Tensor, ...], expected: Tensor) -> float:
 
 def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def layers_to_tune(models: Sequence[str], plans: Sequence[str]) -> list[tune.Layer]:
+    """The layers of models under plans, each once."""
+    shapes = [
+        tune.Layer(rows_by_bits(matrices), layer.columns, GROUP_SIZE)
+        for model in models
+        for layer in MODELS[model].values()
+        for plan in plans
+        if plan != "16" and (matrices := layer.matrices(plan))
+    ]
+    return list(dict.fromkeys(shapes))
+
+
+def _narrated(tasks: Iterable[tune.Task], description: str, count: int) -> Iterator[tune.Task]:
+    """The tasks, with what is being done and for how long on stderr."""
+    started = time.monotonic()
+    for place, task in enumerate(tasks, start=1):
+        what = "configuration" if task.chooses else "latency"
+        where = f"{task.layer.shapes} x {task.layer.columns}, M {task.tokens}"
+        print(f"{time.monotonic() - started:6.0f} s  {description} {place}/{count}: {what} of {where}", file=sys.stderr)
+        yield task
 
 
 # Where lines come from.
@@ -680,6 +706,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="lines are appended")
     parser.add_argument("--max-seconds", type=float, default=float("inf"), help="begin no layer after so many")
     parser.add_argument("--cell-seconds", type=float, help="timing of one layer and M; the least is three rounds")
+    parser.add_argument(
+        "--tune", type=Path, metavar="FILE", help="only make the table of tuned launches, or continue it"
+    )
     parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="only make the report of these lines")
     arguments = parser.parse_args()
     if arguments.report:
@@ -687,7 +716,7 @@ def main() -> None:
         plot(lines, arguments.report[0].with_suffix(".png"))
         print(report(lines))
         return
-    if arguments.out is None:
+    if arguments.out is None and arguments.tune is None:
         parser.error("give --out FILE")
     on_gpu = arguments.device == "cuda"
     models = arguments.models or (tuple(name for name in MODELS if name != "square") if on_gpu else JUDGED["cpu"])
@@ -696,6 +725,11 @@ def main() -> None:
     for given, known in ((models, MODELS), (arguments.bits, PLANS), (tokens, TOKENS), (arguments.contenders, names)):
         if unknown := [value for value in given if value not in known]:
             parser.error(f"got {unknown[0]!r}; there are {', '.join(map(str, known))}")
+    if arguments.tune:
+        layers = layers_to_tune(models, arguments.bits)
+        device = torch.device(arguments.device)
+        tune.tune(layers, device, tokens, arguments.tune, max_seconds=arguments.max_seconds, track=_narrated)
+        return
     settings = Settings(
         arguments.device,
         arguments.bits,

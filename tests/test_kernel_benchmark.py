@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from taq_kernels import timing
+from taq_kernels import timing, tune, tuned
 
 from benchmarks import kernels
 from benchmarks.peers import kernels as peers
@@ -131,6 +131,15 @@ def test_nothing_is_begun_when_time_is_up(tiny, run):
     said = run("--device", "cpu", "--models", "tiny", "--m", "1", "--max-seconds", "-1", "--out", tiny).err
     assert read(tiny) == []
     assert "out of time: tiny qkv_proj" in said
+
+
+def test_the_layers_of_the_models_can_be_tuned(tiny, run):
+    layers = kernels.layers_to_tune(("Llama-3.1-8B", "Mistral-7B"), kernels.PLANS)
+    assert len(layers) == 4 * 3 + 1  # in 4 bits, 8 and half of each; and QKV in 4, 8 and 16
+    assert tune.Layer(((4, 4096), (8, 1024), (16, 1024)), 4096, 128) in layers
+    said = run("--device", "cpu", "--models", "tiny", "--m", "1", "--bits", "4", "--tune", tiny).err
+    assert "tune 1/3: latency of ((4, 384),) x 256, M 1" in said
+    assert {entry.bits for entry in tuned.Table.load(tiny).latencies} == {4, 8, 16}
 
 
 @pytest.mark.parametrize(

@@ -358,13 +358,12 @@ def _choose(task: Task, weights: _Weights) -> ConfigEntry:
     x = weights.of(layer).inputs(bucket)
     properties = torch.cuda.get_device_properties(weights.device)
     asked = layer.shapes, layer.columns, 10 * properties.major + properties.minor, properties.multi_processor_count
-    others = {b: gemm.heuristic(*asked, b) for b in gemm.BUCKETS}
     candidates = gemm.candidates(*asked, bucket)
     runners: dict[int, timing.Runner] = {}
     refused = "there are none"
     for place, config in enumerate(candidates):
         try:
-            runner = timing.make_runner(weights.products(x, others | {bucket: config}), weights.device)
+            runner = timing.make_runner(weights.products(x, {bucket: config}), weights.device)
             weights.check(x, runner.run())
             runners[place] = runner
         except Exception as error:  # too little shared memory, a compiler's failure, a wrong result: not a candidate
