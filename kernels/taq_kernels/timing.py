@@ -30,6 +30,7 @@ MEASURED_RUNS = 20
 _WARM_UP_CALLS = 2
 _SPIN_CYCLES = 1_000_000  # half a millisecond: the host queues a round's graphs while the GPU spins
 _WORD = 4  # bytes
+_LINE = 128  # bytes: no part begins inside a cache line, nor where wide loads are not allowed
 
 Call = Callable[[], Any]
 Name = TypeVar("Name", bound=Hashable)
@@ -203,9 +204,9 @@ class Floor:
         """Calls that read one part of the buffer after the other, in the way that is fastest for their size.
 
         Args:
-            read_bytes: by each call; rounded up to a multiple of 8. The buffer grows where it would hold few parts.
+            read_bytes: by each call; rounded up to whole cache lines. The buffer grows where it would hold few parts.
         """
-        words = -(-read_bytes // (2 * _WORD)) * 2
+        words = -(-read_bytes // _LINE) * (_LINE // _WORD)
         fewest = 2 if self._device.type == "cpu" else COPIES
         if fewest * words > self._words.numel():
             self._words = self._words.repeat(-(-fewest * words // self._words.numel()))

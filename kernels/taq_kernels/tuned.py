@@ -242,8 +242,9 @@ def file_name(device: str) -> str:
 
 def user_file(device: str) -> Path:
     """Where `taq tune` writes, and where tables of this machine are looked up."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "taq_kernels" / "tuned" / file_name(device)
+    # Not Path.home(), which raises for users without a home, as in containers.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return cache / "taq_kernels" / "tuned" / file_name(device)
 
 
 def configs_for(
@@ -294,7 +295,7 @@ def _tables(device: str, user: Path, kind: str) -> Table:
     """The packaged table with the user's entries over it; the user's file is an argument so that tests can move it."""
     merged = Table(device, kernel_version(kind), {})
     for path in (PACKAGED / file_name(device), user):
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path's, False where the folder must not be looked into
             continue
         table = Table.load(path)
         if table.device != device:
