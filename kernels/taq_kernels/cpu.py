@@ -133,7 +133,7 @@ def linear_with(
         ValueError: the CPU lacks it, or it is the bf16 one and x is not bf16.
         MemoryError: no memory for x in the kernel's layout.
     """
-    shards, bits_array, sizes_array, total = _shards(tuple(bits), tuple(sizes))
+    (shards, bits_address, sizes_address, total), _arrays = _shards(tuple(bits), tuple(sizes))
     tokens, columns = x.shape
     y = x.new_empty(tokens, total)
     status = _library().lowbit_linear(
@@ -145,8 +145,8 @@ def linear_with(
         columns,
         group_size,
         shards,
-        bits_array,
-        sizes_array,
+        bits_address,
+        sizes_address,
         weights.data_ptr(),
         scales.data_ptr(),
         _DTYPES[scales.dtype],
@@ -282,10 +282,12 @@ def _from_tiles(values: Tensor, rows: int, groups: int) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _shards(bits: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ctypes.Array, ctypes.Array, int]:
-    """Number, bits and rows of a layer's shards as C has them, and all rows."""
+def _shards(bits: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[tuple[int, int, int, int], tuple]:
+    """What C is told about a layer's shards: their number, the addresses of their bits and rows; and all rows."""
     array = ctypes.c_int64 * len(bits)
-    return len(bits), array(*bits), array(*sizes), sum(sizes)
+    arrays = array(*bits), array(*sizes)
+    # The arrays live as long as their addresses: both are in the cache.
+    return (len(bits), ctypes.addressof(arrays[0]), ctypes.addressof(arrays[1]), sum(sizes)), arrays
 
 
 @cache

@@ -48,7 +48,8 @@ constexpr int kCell = 64;        // bytes
 constexpr int kBlock = 32;       // columns: the unit in which x is laid out, divides every group
 constexpr int kMaxGroup = 128;   // columns
 constexpr int kMaxChunk = 192;   // tokens: their totals (64 rows x 4 tiles) and a group of x stay in a 1 MB L2 cache
-constexpr int kMaxItem = 4;      // tiles that share one pass over x
+constexpr int kMaxItem = 4;      // tiles that share one pass over x,
+constexpr int kSharing = 33;     // from this many tokens on
 // Bytes ahead of the weights in use. One token, ms (reading the same bytes takes 0.61 and 1.18): 4 bits 0.65, 8 bits
 // 1.06; with only an L1 prefetch 8 KB ahead 0.68 and 1.24, with none 1.0 and 1.7. A tile is one stream; its successor's
 // first lines are fetched at its end.
@@ -276,7 +277,7 @@ int lowbit_linear(int isa, int threads, int x_dtype, const uint8_t* x, int64_t t
   const int64_t chunks = (tokens + kMaxChunk - 1) / kMaxChunk;
   const int64_t chunk = chunks ? (tokens + chunks - 1) / chunks : 0;
   // Items of several tiles where there are enough of them for all threads and reading x again costs.
-  const int64_t shared = chunk > kBlock ? call.tiles / (4 * threads) : 1;
+  const int64_t shared = chunk >= kSharing ? call.tiles / (4 * threads) : 1;
   call.item_tiles = int(shared < 1 ? 1 : shared > kMaxItem ? kMaxItem : shared);
 
   const int64_t panel = round_up(chunk * (columns / kBlock) * kernels.panel_block_bytes, 64);
