@@ -159,6 +159,15 @@ def test_interpreted_kernel_is_the_float32_product(
     assert not tables.tables[-1].any(), "the counters of arrived parts are not zero again"
 
 
+def test_parts_of_more_blocks_of_tokens_than_parts_are_counted_apart(interpreted):
+    layer = random_layer([(4, 300)], 512, 128, torch.float16, False)
+    tables = interpreted.build_tables(layer.shapes, 512, 128, {64: config(programs_per_sm=64)}, num_sms=1)
+    assert max(item[gemm.ITEM.index("parts")] for item in tables.tables[0].tolist()) == 2  # of 4 blocks of 16 tokens
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).half()
+    y = interpreted.linear(x, *layer.operands(tables))
+    assert_product(y, x, layer, None, INTERPRETED_ROUNDING[torch.float16])
+
+
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
 def test_scales_keep_a_dtype_that_differs_from_the_activations(interpreted, scale_dtype):
     layer = random_layer([(4, 40), (8, 40)], 256, 128, torch.bfloat16, True, scale_dtype)
