@@ -117,13 +117,14 @@ class Layer:
         return tuple((int(plan), rows) for rows in self.sizes)
 
 
+SQUARE = "4096x4096"
 MODELS: dict[str, dict[str, Layer]] = {
     "Llama-3.1-8B": ModelSizes(4096, 32, 8, 128, 14336).layers(),
     "Qwen2.5-7B": ModelSizes(3584, 28, 4, 128, 18944).layers(),
     "Qwen3-4B": ModelSizes(2560, 32, 8, 128, 9728).layers(),
     "Mistral-7B": ModelSizes(4096, 32, 8, 128, 14336).layers(),
     "Phi-4-mini": ModelSizes(3072, 24, 8, 128, 8192).layers(),
-    "square": {"4096x4096": Layer((4096,), 4096)},
+    SQUARE: {"linear": Layer((4096,), 4096)},
 }
 
 
@@ -322,7 +323,6 @@ def _timing(spent: Times, read: Times, calls_per_run: int) -> Line:
         "us": spread(spent),
         "floor_us": spread(read),
         "floor_fraction": read.median / spent.median,
-        "floor_fraction_of_minima": read.minimum / spent.minimum,
         "runs": len(spent.us),
         "calls_per_run": calls_per_run,
     }
@@ -403,7 +403,7 @@ def source_of(settings: Settings) -> Line:
 # Reading lines.
 
 
-JUDGED = {"cuda": ("Llama-3.1-8B", "Qwen2.5-7B"), "cpu": ("square", "Llama-3.1-8B")}
+JUDGED = {"cuda": ("Llama-3.1-8B", "Qwen2.5-7B"), "cpu": (SQUARE, "Llama-3.1-8B")}
 """The models that must-hold figures speak of."""
 
 
@@ -423,6 +423,12 @@ class Results:
                 for model, layer in ([line["model"], line["layer"]], *line["also"]):
                     self._lines[model, layer, line["tokens"], line["plan"], line["contender"]] = line
         self.device = "cpu" if threads else "cuda"
+
+    def where(self) -> str:
+        """The GPU, or the CPU and its threads."""
+        line = next(iter(self._lines.values()))
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return line["gpu"] if self.device == "cuda" else f"{line['processor']}, {threads}"
 
     def models(self) -> list[str]:
         """That have lines, in the order of `MODELS`."""
@@ -447,6 +453,16 @@ class Results:
     def us(self, line: Line) -> float:
         """Microseconds of a cell: the median; on a CPU, whose machine may have other work, the minimum."""
         return line["us"]["min" if self.device == "cpu" else "median"]
+
+    def floor_us(self, line: Line) -> float:
+        """The floor under a cell, as `us`; on a CPU the least of all cells with as many bytes, whatever their M."""
+        if self.device == "cuda":
+            return line["floor_us"]["median"]
+        return min(
+            other["floor_us"]["min"]
+            for other in self._lines.values()
+            if "us" in other and other["weight_bytes"] == line["weight_bytes"]
+        )
 
     def block_us(self, model: str, tokens: int, contender: str, plan: str) -> float | None:
         """Microseconds of all layers of a block; None if one is missing."""
@@ -524,7 +540,7 @@ def _gpu_figures(results: Results) -> list[Figure]:
     for plan, least_mb, most_mb, must in (("4", 28, math.inf, 0.70), ("8", 28, math.inf, 0.75), ("4", 8, 28, 0.45),
                                           ("4", 0, 8, 0.30)):  # fmt: skip
         fractions = [
-            line["floor_fraction"]
+            results.floor_us(line) / results.us(line)
             for (_, _, tokens), line in results.cells("taq", plan).items()
             if tokens in (1, 16) and least_mb <= line["weight_bytes"] / 1e6 < most_mb
         ]
@@ -566,7 +582,7 @@ def _cpu_figures(results: Results) -> list[Figure]:
         over_int4 = results.speedups(plan, "wna16", "4")
         over_best = {m: min(over_bf16[m], over_int4[m]) for m in over_bf16.keys() & over_int4.keys()}
         cells = results.cells("taq", plan)
-        at_one = [line["floor_fraction_of_minima"] for (_, _, tokens), line in cells.items() if tokens == 1]
+        at_one = [results.floor_us(x) / results.us(x) for (_, _, tokens), x in cells.items() if tokens == 1]
         errors = [line["relative_error"] / line["rounding_error"] for line in cells.values()]
         best = "vLLM's best (oneDNN bf16, wna16)"
         found += [
@@ -607,16 +623,15 @@ def table(results: Results, model: str) -> str:
 
 def _floor_share(results: Results, model: str, tokens: int, plan: str) -> str:
     """The floors of a block's layers over their times."""
-    kind = "min" if results.device == "cpu" else "median"
     lines = [line for place, line in results.cells("taq", plan).items() if (place[0], place[2]) == (model, tokens)]
-    return f"{sum(x['floor_us'][kind] for x in lines) / sum(x['us'][kind] for x in lines):.0%}" if lines else "-"
+    return f"{sum(map(results.floor_us, lines)) / sum(map(results.us, lines)):.0%}" if lines else "-"
 
 
 def readme_section(lines: Sequence[Line]) -> str:
     """The tables of the models that are judged, and what must hold, for README.md."""
     parts = []
     for results in _by_threads(lines):
-        where = f"{results.threads} thread(s)" if results.threads else next(x["gpu"] for x in lines if not x["threads"])
+        where = results.where()
         for model in JUDGED[results.device]:
             if any(results.bf16_us(model, tokens) for tokens in results.tokens()):
                 parts.append(f"{model}, {where}; all linears of a block, speedup over bf16:\n\n{table(results, model)}")
@@ -637,8 +652,7 @@ def report(lines: Sequence[Line]) -> str:
         own = [line for line in lines if line["threads"] == results.threads]
         versions = {line["contender"]: line["contender_version"] for line in own}
         named = ", ".join(f"{name} {version}" for name, version in versions.items())
-        where = own[0]["gpu"] or f"{own[0]['processor']}, {results.threads} thread(s)"
-        text.append(f"## {where}\n\nCommit {own[0]['commit']}; {named}.")
+        text.append(f"## {results.where()}\n\nCommit {own[0]['commit']}; {named}.")
         text += [f"### {model}: speedup over bf16\n\n{table(results, model)}" for model in results.models()]
         rows = [
             f"| {figure.what} | {'at most' if figure.at_most else 'at least'} {figure.must:g} | "
@@ -665,6 +679,7 @@ def _by_threads(lines: Sequence[Line]) -> list[Results]:
 def plot(lines: Sequence[Line], path: Path) -> None:
     """Speedup over bf16 against M, one curve per contender; a panel per model and number of threads."""
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import ScalarFormatter
 
     panels = [(results, model) for results in _by_threads(lines) for model in results.models()]
     canvas = Canvas(figsize=(6 * len(panels), 5), layout="constrained")
@@ -682,10 +697,13 @@ def plot(lines: Sequence[Line], path: Path) -> None:
                 )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
+        axes.set_xticks(results.tokens())
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(ScalarFormatter())
         axes.axhline(1, color="black", linewidth=0.5)
         axes.set_xlabel("M, tokens")
         axes.set_ylabel("speedup over bf16")
-        axes.set_title(model + (f", {results.threads} thread(s)" if results.threads else ""))
+        axes.set_title(f"{model}, {results.where()}")
         axes.legend(fontsize="small")
     canvas.savefig(path, dpi=120)
 
@@ -719,7 +737,7 @@ def main() -> None:
     if arguments.out is None and arguments.tune is None:
         parser.error("give --out FILE")
     on_gpu = arguments.device == "cuda"
-    models = arguments.models or (tuple(name for name in MODELS if name != "square") if on_gpu else JUDGED["cpu"])
+    models = arguments.models or (tuple(name for name in MODELS if name != SQUARE) if on_gpu else JUDGED["cpu"])
     tokens = arguments.m or DEFAULT_TOKENS[arguments.device]
     names = {contender.name for contender in CONTENDERS}
     for given, known in ((models, MODELS), (arguments.bits, PLANS), (tokens, TOKENS), (arguments.contenders, names)):
