@@ -455,14 +455,8 @@ class Results:
         return line["us"]["min" if self.device == "cpu" else "median"]
 
     def floor_us(self, line: Line) -> float:
-        """The floor under a cell, as `us`; on a CPU the least of all cells with as many bytes, whatever their M."""
-        if self.device == "cuda":
-            return line["floor_us"]["median"]
-        return min(
-            other["floor_us"]["min"]
-            for other in self._lines.values()
-            if "us" in other and other["weight_bytes"] == line["weight_bytes"]
-        )
+        """The floor under a cell, from the same turns, as `us`."""
+        return line["floor_us"]["min" if self.device == "cpu" else "median"]
 
     def block_us(self, model: str, tokens: int, contender: str, plan: str) -> float | None:
         """Microseconds of all layers of a block; None if one is missing."""

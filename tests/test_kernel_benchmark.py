@@ -328,7 +328,7 @@ def test_shared_layers_count_for_every_model():
 def cpu_lines(tokens=(1, 8, 32, 128)):
     times = {("onednn", "16"): 8.0, ("torch", "16"): 12.0, ("wna16", "4"): 6.0, ("taq", "4"): 2.0, ("taq", "8"): 4.0}
     return [
-        line(*contender, model, layer, m, us * m, floor=0.9 * us, device="cpu", threads=2, weight_bytes=int(1000 * us))
+        line(*contender, model, layer, m, us * m, floor=us * m * 0.9, device="cpu", threads=2)
         for model in kernels.JUDGED["cpu"]
         for layer in kernels.MODELS[model]
         for m in tokens
@@ -345,9 +345,6 @@ def test_cpu_figures_compare_with_the_best_of_vllm():
     assert values[f"8 bits over {best}, worst M <= 32"] == pytest.approx(1.5)
     assert values["4 bits: share of the floor, M 1"] == pytest.approx(0.9)
     assert values["4 bits: error over that of rounding y"] == pytest.approx(1)
-    # The least floor of all M stands for each: reading takes as long whatever is multiplied.
-    disturbed = [x | {"floor_us": {"median": 99.0, "min": 99.0, "p90": 99.0}} for x in cpu_lines() if x["tokens"] > 1]
-    assert figures(cpu_lines() + disturbed, 2)["4 bits: share of the floor, M 1"].value == pytest.approx(0.9)
     slow = [x | {"us": {"median": 1.0, "min": 1e4, "p90": 1.0}} for x in cpu_lines() if x["contender"] == "taq"]
     slow = [x for x in slow if x["tokens"] == 128]
     found = figures(cpu_lines() + slow, 2)
