@@ -10,7 +10,6 @@ A CPU has nothing to choose: its table holds latencies, for the number of thread
 written after every result, and what it holds is not measured again: a run that was cut short continues.
 """
 
-import importlib.metadata
 import math
 import os
 import platform
@@ -242,7 +241,9 @@ def _measured_with(device: torch.device) -> dict[str, str]:
     found = {"torch": torch.__version__, "machine": platform.machine()}
     if device.type == "cpu":
         return found | {"instructions": torch.backends.cpu.get_cpu_capability()}
-    return found | {"triton": importlib.metadata.version("triton"), "cuda": str(torch.version.cuda)}
+    import triton
+
+    return found | {"triton": triton.__version__, "cuda": str(torch.version.cuda)}
 
 
 def _tasks(layers: Sequence[Layer], device: torch.device, tokens: Sequence[int]) -> list[Task]:
