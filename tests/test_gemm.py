@@ -2,6 +2,7 @@
 there is a GPU, the compiled kernel itself. What it compiles to without one is in test_gemm_compile.py."""
 
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from taq_kernels import gemm, packing, reference
 from taq_kernels.gemm import Config
+from triton.runtime.interpreter import interpreter_builder
 
 MIXES = ((4,), (8,), (16,), (4, 8), (16, 8), (4, 8, 16))
 ROWS = {4: 130, 8: 70, 16: 20}  # two tiles, the second of two rows; one ragged tile each
@@ -159,13 +161,20 @@ def test_interpreted_kernel_is_the_float32_product(
     assert not tables.tables[-1].any(), "the counters of arrived parts are not zero again"
 
 
-def test_parts_of_more_blocks_of_tokens_than_parts_are_counted_apart(interpreted):
-    layer = random_layer([(4, 300)], 512, 128, torch.float16, False)
-    tables = interpreted.build_tables(layer.shapes, 512, 128, {64: config(programs_per_sm=64)}, num_sms=1)
-    assert max(item[gemm.ITEM.index("parts")] for item in tables.tables[0].tolist()) == 2  # of 4 blocks of 16 tokens
-    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).half()
-    y = interpreted.linear(x, *layer.operands(tables))
-    assert_product(y, x, layer, None, INTERPRETED_ROUNDING[torch.float16])
+def test_result_does_not_depend_on_the_order_in_which_programs_run(interpreted, monkeypatch):
+    layer = random_layer([(4, 140), (8, 40)], 1024, 128, torch.float16, False)
+    tables = interpreted.build_tables(layer.shapes, 1024, 128, {64: config(programs_per_sm=64)}, num_sms=1)
+    assert {item[gemm.ITEM.index("parts")] for item in tables.tables[0].tolist()} == {4}
+    x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)).half()
+    expected = interpreted.linear(x, *layer.operands(tables))
+    assert_product(expected, x, layer, None, INTERPRETED_ROUNDING[torch.float16])
+    in_order = interpreter_builder.set_grid_idx
+    programs = [(m_block, item) for m_block in range(4) for item in range(len(tables.tables[0]))]
+    for seed in range(2):
+        shuffled = dict(zip(programs, random.Random(seed).sample(programs, len(programs)), strict=True))
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z, to=shuffled: in_order(*to[x, y], z))
+        assert torch.equal(interpreted.linear(x, *layer.operands(tables)), expected)
+        assert not tables.tables[-1].any()
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
