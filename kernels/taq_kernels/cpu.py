@@ -22,10 +22,10 @@ from taq_kernels.packing import PackedShard, check_codes
 ISAS = {"AVX2": 1, "AVX-512": 2, "AVX-512 bf16": 3}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# From this many tokens on, AMX pays for unpacking. An estimate: no such machine was at hand. 32 tokens times 4096 x 4096
-# take the kernel 6.8 ms (one thread of a Xeon, 2.95 GHz). Unpacking takes 2.9 ms at 4 bits and 3.4 at 8 (measured), and
-# reading 32 MB of bf16 weights 2.5, which AMX would hardly exceed. Without AMX the kernel is the faster one always: it
-# multiplies at 84 to 91 % of what FMA can do from 64 tokens on.
+# From this many tokens on, AMX pays for unpacking. An estimate: no such machine was at hand. 32 tokens times
+# 4096 x 4096 take the kernel 6.8 ms (one thread of a Xeon, 2.95 GHz). Unpacking takes 2.9 ms at 4 bits and 3.4 at 8
+# (measured), and reading 32 MB of bf16 weights 2.5, which AMX would hardly exceed. Without AMX the kernel is the faster
+# one always: from 64 tokens on it multiplies at 84 to 91 % of what FMA can do.
 AMX_FROM_TOKENS = 32
 _SLAB_ROWS = 512  # 4 MB of 16-bit weights at K = 4096: some megabytes a core is what L2 and L3 hold
 
