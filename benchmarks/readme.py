@@ -78,9 +78,10 @@ def serving_table(lines: list[Line]) -> str:
     """Speed and memory, and what must hold."""
     from benchmarks.serving import render
 
-    table, *sentences = render(lines)
+    table, profile, *sentences = render(lines)
     title = "**Speed and memory on a CPU** (`python -m benchmarks.serving`): "
-    return "\n".join([title + _markdown(table), "", *(f"- {sentence}" for sentence in sentences)])
+    holds = [f"- {sentence}" for sentence in sentences]
+    return "\n".join([title + _markdown(table), "", *holds, "", "Where the time goes: " + _markdown(profile)])
 
 
 def planning_table(lines: list[Line]) -> str:
@@ -113,7 +114,11 @@ def render() -> str:
         lines = [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
         where = lines[0]
         versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if k != "vllm")
-        stamp = f"{where['processor']}, {where['cores']} cores; {versions}; commit {where['commit']}; `results/{name}`"
+        preloaded = f"; preloaded: {', '.join(where['preloaded'])}" if where.get("preloaded") else ""
+        stamp = (
+            f"{where['processor']}, {where['cores']} cores{preloaded}; {versions}; commit {where['commit']}; "
+            f"`results/{name}`"
+        )
         parts.append(f"{section(lines)}\n\n<sub>{stamp}</sub>")
     return "\n\n".join(parts)
 

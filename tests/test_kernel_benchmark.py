@@ -10,7 +10,7 @@ import torch
 from taq_kernels import timing, tune, tuned
 
 from benchmarks import kernels
-from benchmarks.peers import kernels as peers
+from benchmarks.peers import gemms as peers
 
 CPU = torch.device("cpu")
 
