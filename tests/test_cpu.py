@@ -98,9 +98,6 @@ def assert_exact_up_to_rounding(got, expected, summing):
         assert relative_rms(got, expected) <= 1.02 * rounding
 
 
-# ---- Layout --------------------------------------------------------------------------------------------------------
-
-
 @needs_kernel
 def test_a_row_of_4_bit_codes_is_a_golden_word():
     codes = torch.full((64, 32), 8, dtype=torch.uint8)
@@ -158,9 +155,6 @@ def test_a_packed_matrix_takes_the_bytes_of_its_codes_scales_and_zero_points(bit
     assert (shard.scales.nbytes, shard.zero_points.nbytes) == (128 * 2 * 2, 128 * 2)
     assert cpu.packed_sizes(bits, 128, 256, 128) == (shard.weights.numel(), shard.scales.numel())
     assert cpu.pack(codes, scale, None, bits, 128).zero_points is None
-
-
-# ---- Products ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("isa", isas())
@@ -302,9 +296,6 @@ def test_scales_of_another_dtype_than_the_activations_are_used_as_they_are(layou
     bound = 2**-16 if layout == "torch" else math.sqrt(256) * 2**-24
     expected = x.double() @ weights_of(codes, scale, zero_point, 8, 128).T
     assert relative_rms(cpu.linear(x, *operands, None), expected) < bound
-
-
-# ---- The process ---------------------------------------------------------------------------------------------------
 
 
 @needs_kernel

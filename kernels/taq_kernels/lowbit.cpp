@@ -71,7 +71,7 @@ struct Tile {
 // What all threads of a call share. x_panel: [K / kBlock][tokens] blocks of kBlock columns, as the instruction set
 // wants them; x_sums: [K / group][tokens].
 struct Call {
-  int isa, threads, x_dtype, scale_dtype, group_size;
+  int threads, x_dtype, scale_dtype, group_size;
   int64_t tokens, columns;
   const uint8_t* x;
   const uint8_t* weights;
@@ -267,7 +267,7 @@ int lowbit_linear(int isa, int threads, int x_dtype, const uint8_t* x, int64_t t
   if (!supported(isa) || (isa == kAvx512Bf16 && x_dtype != kBfloat16)) return kBadArgument;
   const Kernels& kernels = kKernels[isa];
   Call call{};
-  call.isa = isa, call.threads = threads, call.x_dtype = x_dtype, call.scale_dtype = scale_dtype;
+  call.threads = threads, call.x_dtype = x_dtype, call.scale_dtype = scale_dtype;
   call.group_size = group_size, call.columns = columns;
   call.weights = weights, call.scales = scales, call.zero_points = zero_points;
   call.shards = shards, call.bits = bits, call.rows = rows, call.bias = bias;
@@ -308,7 +308,7 @@ int lowbit_dequantize(int isa, int threads, int bits, int64_t rows, int64_t colu
   if (!supported(isa)) return kBadArgument;
   const int64_t bits_of[1] = {bits}, rows_of[1] = {rows};
   Call call{};
-  call.isa = isa, call.threads = threads, call.x_dtype = out_dtype, call.scale_dtype = scale_dtype;
+  call.threads = threads, call.x_dtype = out_dtype, call.scale_dtype = scale_dtype;
   call.group_size = group_size, call.columns = columns;
   call.weights = weights, call.scales = scales, call.zero_points = zero_points;
   call.shards = 1, call.bits = bits_of, call.rows = rows_of;

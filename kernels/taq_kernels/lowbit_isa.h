@@ -14,8 +14,6 @@ constexpr int kWordColumns = LOWBIT_DOT ? 2 : 1;
 constexpr int kBlockWords = kBlock / kWordColumns;
 constexpr int kVectors = kTile / kLanes;  // in the 64 rows of a tile
 
-// ---- Vectors -------------------------------------------------------------------------------------------------------
-
 #if LOWBIT_LANES == 16
 
 typedef __m512 Floats;
@@ -112,7 +110,6 @@ INLINE void store_as(int dtype, uint8_t* p, int64_t index, Floats v) {
 
 #endif
 
-// ---- Unpacking -----------------------------------------------------------------------------------------------------
 // Unpack<bits>: load() reads the part of a step that belongs to vector v of the tile's rows, at() gives word j of it,
 // j < kWords. kOffset is added to every code (what the tables hold), to be taken off again through the sum of x.
 
@@ -232,8 +229,6 @@ struct Unpack<8> {
 INLINE Floats accumulate(Floats sum, Floats word, const float* x) { return multiply_add(word, broadcast(*x), sum); }
 
 #endif
-
-// ---- Products ------------------------------------------------------------------------------------------------------
 
 // A group of a tile: what turns its sums into weights' products.
 struct Group {
