@@ -20,6 +20,7 @@ themselves are `packing`'s. Needs triton, so it is imported only where a GPU is 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import product
 
 import torch
 import triton
@@ -581,27 +582,29 @@ def candidates(shapes: Sequence[tuple[int, int]], columns: int, arch: int, num_s
     """What tuning tries; `heuristic` first. Arguments and errors are its."""
     first = heuristic(shapes, columns, arch, num_sms, bucket)
     most_shared = _architecture(arch).shared_kib * 1024
+    bases = [first]
+    if first.block_m > 32:  # the same tokens in twice as many programs of half as many
+        bases.append(heuristic(shapes, columns, arch, num_sms, first.block_m // 2))
     configs = [first]
-    for num_warps in (2, 4) if first.block_m <= 32 else (4, 8):
-        # On sm_100 narrow tcgen05 products need more of their memory than there is (counted: no code at 128 tokens).
-        choices = {_has_wide(arch, num_warps), False} if arch // 10 == 9 else {_has_wide(arch, num_warps)}
-        for wide in choices:
-            for deeper in (0, 1, 2):
-                for programs in (1, 2, 3, 4, 6):
-                    config = replace(
-                        first,
-                        num_warps=num_warps,
-                        wide=wide,
-                        stages_4=first.stages_4 + deeper,
-                        stages_8=first.stages_8 + deeper,
-                        stages_16=first.stages_16 + deeper,
-                        programs_per_sm=programs,
-                    )
-                    needed = max(
-                        shared_bytes(bits, config.stages(bits), config.block_m, num_warps, wide) for bits, _ in shapes
-                    )
-                    if needed <= most_shared and config not in configs:
-                        configs.append(config)
+    for base in bases:
+        for num_warps in (2, 4) if base.block_m <= 32 else (4, 8):
+            # On sm_100 narrow tcgen05 products outgrow their own memory (counted: no code at 128 tokens).
+            choices = {_has_wide(arch, num_warps), False} if arch // 10 == 9 else {_has_wide(arch, num_warps)}
+            for wide, deeper, programs in product(choices, (0, 1), (1, 2, 3, 4, 6)):
+                config = replace(
+                    base,
+                    num_warps=num_warps,
+                    wide=wide,
+                    stages_4=base.stages_4 + deeper,
+                    stages_8=base.stages_8 + deeper,
+                    stages_16=base.stages_16 + deeper,
+                    programs_per_sm=programs,
+                )
+                needed = max(
+                    shared_bytes(bits, config.stages(bits), config.block_m, num_warps, wide) for bits, _ in shapes
+                )
+                if needed <= most_shared and config not in configs:
+                    configs.append(config)
     if bucket >= 128:
         configs.append(replace(first, dequantize=True))
     return configs
