@@ -101,7 +101,7 @@ class Workload:
 ONE_BILLION = Shape("llama-1.1B", 2048, 16, 8192, 32000, 32, 8)
 TINY = Shape("llama-tiny", 256, 6, 512, 512, 4, 2)
 FULL_WORKLOAD = Workload(
-    rounds=5, first_token_rounds=2, input_tokens=32, output_tokens={1: 48, 8: 16}, first_token_input=1024
+    rounds=5, first_token_rounds=3, input_tokens=32, output_tokens={1: 48, 8: 16}, first_token_input=1024
 )
 QUICK_WORKLOAD = Workload(
     rounds=1, first_token_rounds=1, input_tokens=8, output_tokens={1: 8, 8: 8}, first_token_input=64
