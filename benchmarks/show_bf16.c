@@ -3,12 +3,13 @@
    A virtual machine may say through CPUID that its processor has no AVX512_BF16 although the instructions run. oneDNN,
    torch and vLLM then emulate bf16 products, several times slower. Preloaded, this makes CPUID fault (Linux's
    ARCH_SET_CPUID) and answers as the processor does, with that one bit set. It refuses where the instruction itself
-   does not run.
+   does not run. While it is loaded nobody else can handle SIGSEGV: other handlers would take the place of this one.
 
-       cc -O2 -shared -fPIC benchmarks/show_bf16.c -o .bench/show_bf16.so
+       cc -O2 -shared -fPIC benchmarks/show_bf16.c -o .bench/show_bf16.so -ldl
        LD_PRELOAD=$PWD/.bench/show_bf16.so python -m benchmarks.kernels --device cpu ...
 */
 #define _GNU_SOURCE
+#include <dlfcn.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -36,6 +37,14 @@ static void answer_cpuid(int signal_number, siginfo_t* info, void* context) {
   if (leaf == 7 && subleaf == 1) eax |= 1u << 5;      /* AVX512_BF16 */
   registers[REG_RAX] = eax, registers[REG_RBX] = ebx, registers[REG_RCX] = ecx, registers[REG_RDX] = edx;
   registers[REG_RIP] += 2;
+}
+
+/* Libraries that want to print a trace of a crash install their handler through this. */
+int sigaction(int signal_number, const struct sigaction* wanted, struct sigaction* before) {
+  static int (*next)(int, const struct sigaction*, struct sigaction*);
+  if (!next) next = (int (*)(int, const struct sigaction*, struct sigaction*))dlsym(RTLD_NEXT, "sigaction");
+  const int is_ours = wanted && (wanted->sa_flags & SA_SIGINFO) && wanted->sa_sigaction == answer_cpuid;
+  return next(signal_number, signal_number == SIGSEGV && !is_ours ? NULL : wanted, before);
 }
 
 static void refuse(const char* why) {
