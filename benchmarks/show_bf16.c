@@ -39,12 +39,18 @@ static void answer_cpuid(int signal_number, siginfo_t* info, void* context) {
   registers[REG_RIP] += 2;
 }
 
-/* Libraries that want to print a trace of a crash install their handler through this. */
+/* Libraries that want to print a trace of a crash install their handlers through these. */
 int sigaction(int signal_number, const struct sigaction* wanted, struct sigaction* before) {
   static int (*next)(int, const struct sigaction*, struct sigaction*);
   if (!next) next = (int (*)(int, const struct sigaction*, struct sigaction*))dlsym(RTLD_NEXT, "sigaction");
   const int is_ours = wanted && (wanted->sa_flags & SA_SIGINFO) && wanted->sa_sigaction == answer_cpuid;
   return next(signal_number, signal_number == SIGSEGV && !is_ours ? NULL : wanted, before);
+}
+
+sighandler_t signal(int signal_number, sighandler_t wanted) {
+  static sighandler_t (*next)(int, sighandler_t);
+  if (!next) next = (sighandler_t(*)(int, sighandler_t))dlsym(RTLD_NEXT, "signal");
+  return signal_number == SIGSEGV && wanted != SIG_DFL ? SIG_DFL : next(signal_number, wanted);
 }
 
 static void refuse(const char* why) {
