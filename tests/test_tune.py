@@ -148,13 +148,39 @@ def test_a_damaged_table_is_an_error_that_names_file_and_remedy(folders, text, s
 def test_comments_do_not_change_the_kernels_version():
     first = '"""Doc."""\n\nA = 1  # why\n\n\ndef f(x):\n    """Doc."""\n    return x + A\n'
     second = "A = 1\ndef f(x):\n\n    # other\n    return x + A"
+    assert tuned._code_alone(second) == "A = 1\ndef f(x):\n    return x + A"  # whatever Python reads it
     assert tuned._code_alone(first) == tuned._code_alone(second)
     assert tuned._code_alone(first) != tuned._code_alone(second.replace("x + A", "x - A"))
 
 
-def test_packaged_tables_can_be_read():
+def test_packaged_tables_are_of_these_kernels():
     for file in tuned.PACKAGED.glob("*.json"):
-        assert file.name == tuned.file_name(Table.load(file).device)
+        packaged = Table.load(file)
+        assert file.name == tuned.file_name(packaged.device)
+        assert packaged.kernel == tuned.kernel_version(tuned.CPU if packaged.device == tuned.CPU else "cuda")
+
+
+def test_the_fingerprint_changes_with_every_gpu_table_and_with_the_kernel(folders, monkeypatch):
+    packaged, user = folders
+    seen = [tuned.fingerprint()]  # the user's folder does not exist
+
+    def has_changed():
+        seen.append(tuned.fingerprint())
+        return seen[-1] not in seen[:-1] and seen[-1] == tuned.fingerprint()
+
+    table().save(packaged / "nvidia-test-1.json")
+    assert has_changed()
+    table().save(user / "nvidia-test-1.json")
+    assert has_changed()
+    table([PURE]).save(user / "nvidia-test-1.json")
+    assert has_changed()
+    table(device="NVIDIA Other").save(user / "nvidia-other.json")
+    assert has_changed()
+    monkeypatch.setattr(tuned, "kernel_version", lambda kind: f"another {kind}")
+    assert has_changed()
+    Table(tuned.CPU, "0", {}).save(user / "cpu.json")  # which launches nothing on a GPU
+    assert not has_changed()
+    assert seen[-1] == seen[-2]
 
 
 def test_looking_up_needs_no_torch():

@@ -10,11 +10,14 @@ with one warning. A file that is not a table, or not this device's, is an error.
 """
 
 import ast
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
 import re
+import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -26,7 +29,7 @@ PACKAGED = Path(__file__).parent / "tuned"
 CPU = "cpu"
 """The device name of tables that were measured on a processor; each machine has its own."""
 
-_SOURCES = {"cuda": ("gemm.py",), CPU: ("cpu.py", "lowbit.cpp", "lowbit_isa.h")}
+_SOURCES = {"cuda": ("gemm.py", "packing.py"), CPU: ("cpu.py", "lowbit.cpp", "lowbit_isa.h")}
 _logger = logging.getLogger(__name__)
 
 Shapes = Sequence[tuple[int, int]]
@@ -211,7 +214,7 @@ def rows_by_bits(shapes: Shapes) -> tuple[tuple[int, int], ...]:
 
 @cache
 def kernel_version(kind: str) -> str:
-    """Fingerprint of the code that measurements are of; comments, docstrings and layout of Python do not count.
+    """Fingerprint of the code that measurements are of; comments, docstrings and empty lines of Python do not count.
 
     Args:
         kind: "cuda" or "cpu".
@@ -224,15 +227,38 @@ def kernel_version(kind: str) -> str:
 
 
 def _code_alone(source: str) -> str:
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body:
-            node.body = [part for part in node.body if not _is_text(part)] or [ast.Pass()]
-    return ast.unparse(tree)
+    """The lines of a module as they stand, without comments, docstrings and empty lines: what all Pythons agree on."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def _is_text(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+def fingerprint() -> str:
+    """Of all that decides how a GPU's product is launched: the kernel's code, and every table that may be looked up.
+
+    Compiled graphs hold launches, so what was compiled under another fingerprint must not be used again. Read anew
+    with each call; tables that are damaged or of other kernels count as they are.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(kernel_version("cuda").encode())
+    for folder in (PACKAGED, user_file(CPU).parent):
+        names: list[str] = []
+        with contextlib.suppress(OSError):  # no such folder, or none to be looked into
+            names = sorted(os.listdir(folder))
+        for name in names:
+            if name.endswith(".json") and name != file_name(CPU) and os.path.isfile(folder / name):
+                table = (folder / name).read_bytes()
+                # With lengths, so that bytes cannot wander from one table to the next.
+                digest.update(f"\n{name} {len(table)}\n".encode() + table)
+    return digest.hexdigest()
 
 
 def file_name(device: str) -> str:
