@@ -42,9 +42,9 @@ MUST_HOLD = (
 """Measurement, contender, and how many times as fast the plan is at least."""
 MEMORY_TOLERANCE = 0.02
 """Measured against planned memory of the plan."""
-NOISE_TOLERANCE = 1.5
-"""The plan's distance to its own weights in float32, at most so many times the bf16 engine's to its: both round
-activations to bf16 before every product, the plan's zeros besides, which is at most one rounding more for two."""
+NOISE_TOLERANCE = 1.2
+"""The plan's distance to its own weights in float32, at most so many times the bf16 engine's to its: both round the
+activations and the result of every product to bf16 and nothing else, so only the draw differs, over some 90 tokens."""
 BF16_DISTANCE = 0.1
 """Nats. The random model's log-probabilities have a standard deviation of about 1 over the vocabulary, so an engine
 that computes anything else is off by as much; bf16 is off by a hundredth of it."""
@@ -347,7 +347,7 @@ class Engine:
         }
 
     def profile(self, prompt: list[int], output_tokens: int) -> dict[str, Any]:
-        """Where the decode steps of one request spend their time.
+        """Where the decode steps of one request spend the processor's time; on a GPU that is launching kernels.
 
         Returns:
             `step_ms`: wall time of a step; `operators_ms`: of it, in each of torch's operators itself. What is left is
@@ -685,7 +685,8 @@ def render(lines: Sequence[dict[str, Any]]) -> list[Any]:
     table = Table(
         title=f"serving {head['model']['name']}, random weights; {head['processor']} with "
         f"{' '.join(head['instructions'])}; device {head['device']}, {head['threads']} thread(s), eager, "
-        f"commit {head['commit']}; median (min-max) of {head['workload']['rounds']}"
+        f"commit {head['commit']}; median (min-max) of {head['workload']['rounds']}, of prompts "
+        f"{head['workload']['first_token_rounds']}"
     )
     batches = list(head["workload"]["output_tokens"])
     columns = ["contender", *(f"tokens/s, batch {b}" for b in batches), "per CPU second, batch 1"]

@@ -54,7 +54,12 @@ def weight_bytes(bits: int, shape: Shape, symmetric: bool, group_size: int = GRO
 
 
 def resident_bytes(bits: int, shape: Shape, symmetric: bool, group_size: int = GROUP_SIZE) -> int:
-    """Bytes of one matrix in the server's memory: codes, a 16-bit scale a group, and a byte for its zero point."""
+    """Bytes of one matrix in the server's memory: codes, a 16-bit scale a group, and a byte for its zero point.
+
+    As the project's kernels hold it, but for rows padded to whole tiles, and zero points of a symmetric matrix that
+    shares a layer with asymmetric ones. torch's int4 kernel, which serves where there is no compiler, has 4 bytes a
+    group for scale and zero, and at 8 bits twice that.
+    """
     rows, columns = shape
     if bits == 16:
         return rows * columns * _BYTES_PER_PARAMETER

@@ -80,7 +80,12 @@ def lines(plan_speed=(60.0, 10.0, 100.0), saved=1000):
         values[name, "logprob_distance_bf16_weights"] = [0.3]
     settings = {
         "model": {"name": "llama-test"},
-        "workload": {"rounds": 3, "output_tokens": {"1": 64, "8": 16}, "first_token_input": 512},
+        "workload": {
+            "rounds": 3,
+            "first_token_rounds": 3,
+            "output_tokens": {"1": 64, "8": 16},
+            "first_token_input": 512,
+        },
         **dict.fromkeys(HARDWARE, "here"),
         "instructions": ["avx2"],
         "threads": 1,

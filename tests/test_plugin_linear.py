@@ -22,7 +22,7 @@ from taq_vllm.checkpoint import Calibration, quantize_model
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import PLAN_FILE, MatrixPlan, resident_bytes
 from taq_vllm.plugin.config import TaqConfig
-from taq_vllm.plugin.linear import DenseRun, PackedRun
+from taq_vllm.plugin.linear import DenseRun, Matrix, MatrixSpec, PackedRun
 from taq_vllm.quantizer import quantize
 
 pytestmark = pytest.mark.usefixtures("vllm_world")
@@ -199,6 +199,34 @@ def test_a_gpu_gets_a_layer_as_one_call_with_its_16_bit_matrix_in_it(interpreted
     assert bias is None
     # The interpreter cuts bf16 results off instead of rounding them, which doubles that error.
     assert error(interpreted.linear(*operands), x, stacked(disk, *QKV)) < 2 * LAYER_ERROR
+
+
+def test_kernels_are_warmed_as_they_will_be_called(monkeypatch):
+    warmed = []
+    monkeypatch.setattr(ops, "warm_up", lambda operands, columns, dtype, bias: warmed.append((columns, dtype, bias)))
+    disk = mixed_qkv(v=(4, True))
+    for has_bias in (False, True):
+        layer = QKVParallelLinear(
+            256,
+            64,
+            4,
+            2,
+            bias=has_bias,
+            params_dtype=disk.dtype,
+            quant_config=disk.config(),
+            prefix=f"{PREFIX}.qkv_proj",
+        )
+        load(layer, disk, QKV)
+    (_, _, without), (columns, dtype, with_bias) = warmed
+    assert without is None
+    assert (columns, dtype, with_bias.shape) == (256, torch.bfloat16, (512,))
+
+
+def test_dummy_weights_are_as_asymmetric_as_real_ones():
+    spec = MatrixSpec("q", 4, False, None, stored=True)
+    matrix = Matrix(spec, None, (64, 256), (slice(0, 64),), slice(0, 256))
+    matrix.fill_with_noise(torch.device("cpu"), torch.bfloat16)
+    assert matrix.shard.zero_points.unique().tolist() == [8]
 
 
 def test_bias_is_added_once_in_every_kind_of_layer():

@@ -7,8 +7,9 @@ x is [..., K] fp32, bf16 or fp16 with any strides; the result is x @ [W_0; W_1; 
 dtype of x. The arguments from `weights` to `group_size` are the fields of `Operands`, which `join` makes of a layer's
 matrices as `pack` and `pack_dense` packed them for their device.
 
-One call per layer whatever its matrices' bits are, with a fake implementation, so that torch.compile keeps it whole
-and branching on the number of tokens happens inside. CPUs run `cpu.linear`, GPUs `gemm.linear`.
+For inference: there is no backward. One call per layer whatever its matrices' bits are, with a fake implementation, so
+that torch.compile keeps it whole and branching on the number of tokens happens inside. CPUs run `cpu.linear`, GPUs
+`gemm.linear`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -113,13 +114,15 @@ def join(shards: Sequence[PackedShard], configs: "Mapping[int, Config] | None" =
     """The matrices of one layer, below each other, as the operands of one call.
 
     Args:
-        shards: packed on one device, with equal K and group size; at least one.
+        shards: packed on one device, with equal K and group size.
         configs: a `gemm.Config` per M bucket, for tuning; by default the device's tuned table or else a heuristic
             decides. Only for GPUs.
 
     Raises:
         ValueError: the matrices cannot be computed in one call.
     """
+    if not shards:
+        raise ValueError("got no matrices; a layer has at least one")
     first = shards[0]
     for shard in shards[1:]:
         if (shard.columns, shard.group_size, shard.weights.device) != (
@@ -135,16 +138,18 @@ def join(shards: Sequence[PackedShard], configs: "Mapping[int, Config] | None" =
     quantized = [shard for shard in shards if shard.bits < 16]
     if len({shard.scales.dtype for shard in quantized}) > 1:
         raise ValueError(f"scales of one layer need one dtype; got {[str(shard.scales.dtype) for shard in quantized]}")
+    # Those of 16-bit matrices are empty, in the weights' dtype.
+    scale_dtype = quantized[0].scales.dtype if quantized else first.scales.dtype
     zero_points = None
     if any(shard.zero_points is not None for shard in quantized):
-        zero_points = torch.cat([_zero_points(shard).flatten() for shard in shards])
+        zero_points = torch.cat([_zero_points(shard) for shard in shards])
     shapes = [(shard.bits, shard.rows) for shard in shards]
     tables, launches = [], []
     if first.weights.dtype == torch.int16:
         tables, launches = _launch_tables(shapes, first.columns, first.group_size, first.weights.device, configs)
     return Operands(
         weights=torch.cat([shard.weights for shard in shards]),
-        scales=torch.cat([shard.scales.flatten().to(quantized[0].scales.dtype) for shard in shards]),
+        scales=torch.cat([shard.scales.to(scale_dtype) for shard in shards]),
         zero_points=zero_points,
         tables=tables,
         launches=launches,
@@ -166,7 +171,8 @@ def warm_up(operands: Operands, columns: int, dtype: torch.dtype, bias: Tensor |
     if operands.tables:
         from taq_kernels import gemm
 
-        gemm.warm_up(columns, dtype, **vars(operands), bias=bias)
+        with torch.cuda.device(operands.weights.device):
+            gemm.warm_up(columns, dtype, **vars(operands), bias=bias)
 
 
 def kernel_name(device: torch.device) -> str:
@@ -212,8 +218,15 @@ def _linear_cuda(x, weights, scales, zero_points, tables, launches, bits, sizes,
     from taq_kernels import gemm
 
     _check(x, weights, scales, zero_points, bits, sizes, group_size, bias, packing.packed_sizes)
+    if len(tables) != len(launches) // len(gemm.LAUNCH) + 1 or any(table.device != x.device for table in tables):
+        raise ValueError(
+            f"got {len(tables)} tables and {len(launches)} numbers of launches; needed are those of one `join`, on "
+            f"{x.device}"
+        )
     x_mk = x.reshape(-1, x.shape[-1])
-    y = gemm.linear(x_mk, weights, scales, zero_points, tables, launches, bits, sizes, group_size, bias)
+    # Triton launches on the current device, and an operator in Python gets no guard of its own.
+    with torch.cuda.device(x.device):
+        y = gemm.linear(x_mk, weights, scales, zero_points, tables, launches, bits, sizes, group_size, bias)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -234,38 +247,51 @@ def _check(
 ) -> None:
     """Check that a kernel will find all that it reads: it is given addresses, not tensors.
 
+    What a table says was checked when it was built, and cannot be here: that would wait for the GPU.
+
     Raises:
         ValueError: names what it would not.
     """
     if x.dim() == 0 or x.dtype not in packing.SCALE_DTYPES:
         raise ValueError(f"got x of {x.dtype} and shape {list(x.shape)}; needed is bf16, fp16 or fp32 [..., K]")
     columns = x.shape[-1]
-    if group_size not in packing.GROUP_SIZES or columns % group_size:
+    if group_size not in packing.GROUP_SIZES or columns == 0 or columns % group_size:
         raise ValueError(
             f"got x with {columns} columns in groups of {group_size}; groups have "
             f"{', '.join(map(str, packing.GROUP_SIZES))} columns, and K is a multiple of them"
         )
     if len(bits) != len(sizes) or not sizes or min(sizes) < 1:
         raise ValueError(f"got bits {list(bits)} for matrices of {list(sizes)} rows; needed is one of each per matrix")
+    on_cpu = x.device.type == "cpu"
+    allowed = packing.BITS if on_cpu else (*packing.BITS, 16)
+    if not set(bits) <= set(allowed):
+        raise ValueError(f"got bits {list(bits)}; matrices on {x.device.type} have {', '.join(map(str, allowed))} bits")
     needed_weights = needed_scales = 0
     for matrix_bits, rows in zip(bits, sizes, strict=True):
         weight_count, scale_count = packed_sizes(matrix_bits, rows, columns, group_size)
         needed_weights += weight_count
         needed_scales += scale_count
-    needed = [("weights", weights, needed_weights), ("scales", scales, needed_scales)]
-    if zero_points is not None:
-        needed.append(("zero_points", zero_points, needed_scales))
-    if bias is not None:
-        needed.append(("bias", bias, sum(sizes)))
-    for name, tensor, count in needed:
-        if tensor.numel() != count or not tensor.is_contiguous() or tensor.device != x.device:
+    needed = [
+        ("weights", weights, needed_weights, (torch.uint8 if on_cpu else torch.int16,)),
+        ("scales", scales, needed_scales, packing.SCALE_DTYPES),
+        ("zero_points", zero_points, needed_scales, (torch.uint8,)),
+        ("bias", bias, sum(sizes), (x.dtype,)),
+    ]
+    for name, tensor, count, dtypes in needed:
+        if tensor is None:
+            continue
+        if (
+            tensor.dtype not in dtypes
+            or tensor.numel() != count
+            or not tensor.is_contiguous()
+            or tensor.device != x.device
+        ):
             raise ValueError(
-                f"got {name} of shape {list(tensor.shape)} on {tensor.device}; {sum(sizes)} rows at {list(bits)} bits "
-                f"and {columns} columns in groups of {group_size} need {count} values, contiguous, on {x.device}. "
-                "Operands are made by `join` for activations with the same number of columns."
+                f"got {name} of {tensor.dtype} and shape {list(tensor.shape)} on {tensor.device}; {sum(sizes)} rows at "
+                f"{list(bits)} bits and {columns} columns in groups of {group_size}, for x of {x.dtype}, need {count} "
+                f"contiguous values of {' or '.join(map(str, dtypes))} on {x.device}. Operands are made by `join`, for "
+                "activations with the same number of columns."
             )
-    if bias is not None and bias.dtype != x.dtype:
-        raise ValueError(f"got a bias of {bias.dtype} for x of {x.dtype}; both need one dtype")
 
 
 def _zero_points(shard: PackedShard) -> Tensor:

@@ -204,7 +204,10 @@ class Matrix:
             return
         codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator)
         scale = torch.full((shape[0], shape[1] // self.group_size), _DUMMY_WEIGHT * 2 ** (1 - bits), dtype=dtype)
-        self.shard = ops.pack(codes.to(device), scale.to(device), None, bits, self.group_size)
+        # The middle, where symmetric weights have it: dummy weights take the memory and the kernel of real ones.
+        zero_point = None if self.spec.symmetric else torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
+        parts = (None if part is None else part.to(device) for part in (codes, scale, zero_point))
+        self.shard = ops.pack(*parts, bits, self.group_size)
 
     def _keep_dense(self, weight: Tensor) -> "Shard":
         if ops.has_dense_tiles(weight.device, weight.dtype):
@@ -408,8 +411,9 @@ class TaqLinearMethod(LinearMethodBase):
             matrix.check_complete()
         shards = [matrix.shard for matrix in self.matrices]
         self.matrices = []
+        bias = None if layer.skip_bias_add else layer.bias
         layer.taq_runs = nn.ModuleList(
-            DenseRun(list(run), self.dense_method) if is_dense else PackedRun(list(run), self.params_dtype)
+            DenseRun(list(run), self.dense_method) if is_dense else PackedRun(list(run), self.params_dtype, bias)
             for is_dense, run in groupby(shards, key=lambda shard: isinstance(shard, DenseShard))
         )
         # LoRA looks for `weight_packed` to learn the layer's device; the other names have served.
@@ -421,19 +425,23 @@ class TaqLinearMethod(LinearMethodBase):
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] @ W^T + bias: [..., N of all shards]."""
-        if len(layer.taq_runs) == 1:
-            return layer.taq_runs[0](x, bias)
-        out = torch.cat([run(x) for run in layer.taq_runs], dim=-1)
-        return out if bias is None else out + bias
+        runs = layer.taq_runs
+        if len(runs) == 1:
+            return runs[0](x, bias)
+        biases = [None] * len(runs) if bias is None else bias.split([run.rows for run in runs])
+        return torch.cat([run(x, part) for run, part in zip(runs, biases, strict=True)], dim=-1)
 
 
 class PackedRun(nn.Module):
     """Neighbouring matrices of a layer that one call of `taq::linear` computes."""
 
-    def __init__(self, shards: list[PackedShard], dtype: torch.dtype) -> None:
+    def __init__(self, shards: list[PackedShard], dtype: torch.dtype, bias: Tensor | None) -> None:
+        """Args: `dtype` of the activations; the `bias` of the layer, which this run's calls will have a part of."""
         super().__init__()
         operands = ops.join(shards)
-        ops.warm_up(operands, shards[0].columns, dtype)
+        self.rows = sum(operands.sizes)
+        # With a bias the kernel is another one; which values it has does not matter.
+        ops.warm_up(operands, shards[0].columns, dtype, None if bias is None else bias[: self.rows])
         self.register_buffer("weights", operands.weights, persistent=False)
         self.register_buffer("scales", operands.scales, persistent=False)
         self.register_buffer("zero_points", operands.zero_points, persistent=False)
@@ -468,14 +476,15 @@ class DenseRun(nn.Module):
     def __init__(self, shards: list[DenseShard], method: UnquantizedLinearMethod) -> None:
         super().__init__()
         weight = torch.cat([shard.weight for shard in shards])
+        self.rows = weight.shape[0]
         self.resident_bytes = weight.nbytes
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.method = method
         method.process_weights_after_loading(self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] to [..., N of these shards]."""
-        return self.method.apply(self, x)
+        return self.method.apply(self, x, bias)
 
 
 @register_weight_loader_v2_supported_method
