@@ -9,6 +9,7 @@ from compressed import compress_checkpoint, config_dict, scheme_of
 from compressed_tensors.utils.match import match_targets
 from huggingface_hub import constants
 from plans import make_plan, mixed
+from taq_kernels import tuned
 from tiny_models import make_tiny
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.linear import (
@@ -190,6 +191,16 @@ def test_two_plans_have_two_compile_cache_keys(model, plan, tmp_path, monkeypatc
         monkeypatch.setenv("TAQ_PLAN", str(path))
         hashes.add(resolve(model, quantization="taq").compute_hash())
         assert len(hashes) == min(index + 1, 2)
+
+
+def test_a_newly_tuned_table_is_a_new_compile_cache_key(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = resolve(checkpoint).compute_hash()
+    assert resolve(checkpoint).compute_hash() == before
+    table = tuned.user_file("NVIDIA H200")
+    table.parent.mkdir(parents=True)
+    table.write_text("{}")
+    assert resolve(checkpoint).compute_hash() != before
 
 
 # Plans that do not belong.

@@ -10,7 +10,7 @@ inside a fused layer. Everything else goes to the parent. Three ways in:
 
 Where there is a plan, nothing may differ from it: a matrix that no layer claims, one that was forgotten, other bits
 or shapes in the checkpoint are errors. The plan's hash is put onto the model's config, where vLLM's compile-cache key
-sees it.
+sees it, and so is a fingerprint of the kernel and its tuned tables.
 """
 
 import os
@@ -23,7 +23,7 @@ import torch
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 from huggingface_hub import snapshot_download
-from taq_kernels import ops
+from taq_kernels import ops, tuned
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
@@ -114,12 +114,15 @@ class TaqConfig(CompressedTensorsConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: "PreTrainedConfig | None" = None, revision: str | None = None
     ) -> None:
-        """Find the plan, check that it belongs to this checkpoint, and make vLLM's cache key depend on it.
+        """Find the plan, check that it belongs to this checkpoint, and make vLLM's cache key depend on it and on what
+        decides how kernels are launched.
 
         Raises:
             ValueError: no plan for a 16-bit checkpoint, a plan beside a checkpoint that is already quantized, a plan
                 for another model, or one that is not what the checkpoint was made with.
         """
+        if hf_config is not None:
+            hf_config.taq_kernels = tuned.fingerprint()  # compiled graphs hold the kernel's launches
         named = self._named_plan or getattr(hf_config, _OVERRIDE, None) or os.environ.get(PLAN_VARIABLE)
         if self.rounds_while_loading:
             plan = self._plan_for_16_bits(model_name, named, revision)
