@@ -4,8 +4,13 @@
 call, sums in float32. Its header has the layout. Elsewhere torch's own int4 kernel does, in its own layout
 (`cpu_packing`), a shard at a time. Which of the two is a matter of the machine: packed weights are never stored.
 
-With AMX, which multiplies matrices of bf16 faster than any vector instruction, many tokens take another way: slabs of
-weights are rounded to 16 bits and the product is left to torch. The weights are never held a second time.
+With AMX, which multiplies matrices of bf16 faster than any vector instruction (five times as fast as FMA), many tokens
+take another way: slabs of weights are rounded to 16 bits and the product is left to torch. The weights are never held
+a second time. This costs two properties of the kernel: weights and result are both rounded, 1.4 times the error of
+rounding the result alone, as of a model that is held in bf16; and a token's result differs, by that error, with whether
+the batch has AMX_FROM_TOKENS tokens or fewer.
+
+A process that forks after a product of several threads hangs in the child's first (libgomp), as with torch alone.
 """
 
 import ctypes
@@ -26,6 +31,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # 4096 x 4096 take the kernel 6.8 ms (one thread of a Xeon, 2.95 GHz). Unpacking takes 2.9 ms at 4 bits and 3.4 at 8
 # (measured), and reading 32 MB of bf16 weights 2.5, which AMX would hardly exceed. Without AMX the kernel is the faster
 # one always: from 64 tokens on it multiplies at 84 to 91 % of what FMA can do.
+# On either side of it a token's result is another one: only from here on are weights rounded.
 AMX_FROM_TOKENS = 32
 _SLAB_ROWS = 512  # 4 MB of 16-bit weights at K = 4096: some megabytes a core is what L2 and L3 hold
 
@@ -34,7 +40,7 @@ _SLAB_ROWS = 512  # 4 MB of 16-bit weights at K = 4096: some megabytes a core is
 # 59 / 57 at 128, 244 / 166 at 512; 8 bits 30 / 44 at 32, 46 / 48 at 48, 60 / 51 at 64. (bf16: 73 at 64, 550 at 512.)
 BLOCKWISE_FROM_TOKENS = {4: 112, 8: 48}
 
-_TILE_ROWS = 64
+_TILE_ROWS = 64  # kTile of lowbit.cpp
 
 
 def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> PackedShard:
@@ -65,7 +71,7 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, gro
 
 
 def unpack(shard: PackedShard) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The inverse of `pack`: codes [N, K], scales and zero points [N, K / group_size].
+    """The inverse of `pack`, for tests and inspection: codes [N, K], scales and zero points [N, K / group_size].
 
     In torch's layout a matrix whose zero points are all 2^(bits - 1) can't be told from one that has none.
     """
@@ -131,7 +137,7 @@ def linear_with(
     """`linear` by the compiled kernel for one instruction set, one of `ISAS`.
 
     Raises:
-        ValueError: the CPU lacks it, or it is the bf16 one and x is not bf16.
+        ValueError: bits other than 4 and 8, or the CPU lacks the instruction set, or it is for bf16 and x is not.
         MemoryError: no memory for x in the kernel's layout.
     """
     (shards, bits_address, sizes_address, total), _arrays = _shards(tuple(bits), tuple(sizes))
@@ -155,7 +161,7 @@ def linear_with(
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
     )
-    _check(status, isa, x.dtype)
+    _check(status, bits, isa, x.dtype)
     return y
 
 
@@ -169,7 +175,12 @@ def linear_dequantized(
     group_size: int,
     bias: Tensor | None,
 ) -> Tensor:
-    """`linear` by torch's product with slabs of weights that are rounded to the dtype of x."""
+    """`linear` by torch's product with slabs of weights that are rounded to the dtype of x; so is the result, once.
+
+    Raises:
+        ValueError: bits other than 4 and 8.
+        MemoryError: no memory for unpacking.
+    """
     library, isa = _library(), _best_isa(torch.float32)
     columns, groups = x.shape[1], x.shape[1] // group_size
     y = x.new_empty(x.shape[0], sum(sizes))
@@ -194,12 +205,14 @@ def linear_dequantized(
                 _DTYPES[x.dtype],
                 slab.data_ptr(),
             )
-            _check(status, isa, x.dtype)
-            y[:, out : out + count] = (x @ slab)[:, :count]
+            _check(status, bits, isa, x.dtype)
+            part, slab = slice(out, out + count), slab[:, :count]
+            # addmm adds the bias to float32 sums.
+            y[:, part] = x @ slab if bias is None else torch.addmm(bias[part], x, slab)
             weight += library.lowbit_packed_bytes(shard_bits, count, columns)
             tile += tiles
             out += count
-    return y if bias is None else y.add_(bias)
+    return y
 
 
 def packed_sizes(bits: int, rows: int, columns: int, group_size: int) -> tuple[int, int]:
@@ -227,13 +240,12 @@ def kernel_name() -> str:
 
 
 def _linear_planes(x, weights, scales, bits, sizes, group_size, bias):  # noqa: ANN001, ANN202
-    """`linear` in torch's kernels."""
+    """`linear` in torch's kernels: x [M, K], flat weights and scales to [M, sum N_i]."""
     columns = x.shape[1]
     outs, weight, scale = [], 0, 0
     for shard_bits, rows in zip(bits, sizes, strict=True):
-        padded = cpu_packing.padded_rows(rows)
-        weight_end = weight + padded * columns * shard_bits // 8
-        scale_end = scale + columns // group_size * padded * 2 * (shard_bits // 4)
+        weight_count, scale_count = packed_sizes(shard_bits, rows, columns, group_size)
+        weight_end, scale_end = weight + weight_count, scale + scale_count
         planes, scale_zeros = _planes(
             weights[weight:weight_end], scales[scale:scale_end], shard_bits, rows, columns, group_size
         )
@@ -249,6 +261,7 @@ def _linear_planes(x, weights, scales, bits, sizes, group_size, bias):  # noqa: 
 
 
 def _linear_blockwise(x: Tensor, planes: Tensor, scale_zeros: Tensor, bits: int, group_size: int) -> Tensor:
+    """x [M, K] times one shard's `_planes`: [M, padded N]."""
     # The weights are rounded to x's dtype first: the product is then that of the same model held in 16 bits.
     # Without 16-bit multiply-add instructions float32 multiplies five times as fast (measured, AVX-512).
     dtype = x.dtype if _multiplies_natively(x.dtype) else torch.float32
@@ -317,24 +330,27 @@ def _best_isa(dtype: torch.dtype) -> int:
     return _library().lowbit_best(_DTYPES[dtype])
 
 
-def _check(status: int, isa: int, dtype: torch.dtype) -> None:
+def _check(status: int, bits: Sequence[int], isa: int, dtype: torch.dtype) -> None:
+    """Raises what a status of lowbit.cpp means."""
     if status == 1:
-        raise MemoryError("no memory for the activations in the kernel's layout")
+        raise MemoryError("no memory for what the kernel unpacks and lays out anew")
     if status:
-        raise ValueError(f"this CPU can't multiply {dtype} with instruction set {isa} of {ISAS}")
+        raise ValueError(
+            f"the CPU kernel can't multiply {dtype} by {list(bits)} bits with instruction set {isa} of {ISAS}: "
+            "needed are 4 or 8 bits and an instruction set that this CPU has, and the bf16 one is for bf16 alone"
+        )
 
 
-@cache
 def _has_amx(dtype: torch.dtype) -> bool:
-    names = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
-    return dtype in names and torch.cpu.get_capabilities().get(names[dtype], False)
+    return _has_instructions(dtype, "amx_")
+
+
+def _multiplies_natively(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 or _has_instructions(dtype, "amx_", "avx512_", "")
 
 
 @cache
-def _multiplies_natively(dtype: torch.dtype) -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    names = {
-        torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
-        torch.float16: ("avx512_fp16", "amx_fp16", "fp16"),
-    }
-    return dtype == torch.float32 or any(capabilities.get(name, False) for name in names[dtype])
+def _has_instructions(dtype: torch.dtype, *families: str) -> bool:
+    """Whether torch sees one of these families of instructions for a 16-bit dtype; "" is Arm's."""
+    suffix = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    return any(torch.cpu.get_capabilities().get(f"{family}{suffix}", False) for family in families)

@@ -7,6 +7,7 @@ The wheel holds `lowbit-<digest of the sources>.so` if there was a compiler when
 sources that have changed since. Elsewhere the first use compiles for some seconds into $XDG_CACHE_HOME/taq_kernels
 (default: ~/.cache/taq_kernels), under a name that holds the digest of sources, flags and compiler version. A finished
 file is renamed into place, and one process at a time compiles, while the others wait. $CXX names another compiler.
+What the wheel holds may not load (it was built with a newer glibc): then it is compiled here too.
 
 This module needs the standard library alone: setup.py runs it where there is no torch.
 """
@@ -31,6 +32,7 @@ FOLDER = Path(__file__).parent
 SOURCES = ("lowbit.cpp", "lowbit_isa.h")
 # No -march: functions carry target attributes. -w: gcc 12 warns of its own AVX-512 header.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-w")
+COMPILERS = ("c++", "g++", "clang++")
 
 _logger = logging.getLogger(__name__)
 
@@ -77,23 +79,37 @@ def compile_to(target: Path) -> None:
 
 
 def compiler() -> list[str]:
-    """The command of the C++ compiler: $CXX, else the first of c++, g++ and clang++ on the path.
+    """The command of the C++ compiler: $CXX, else the first of `COMPILERS` on the path.
 
     Raises:
         BuildError: there is none.
     """
-    chosen = shlex.split(os.environ.get("CXX", ""))
-    for command in [chosen] if chosen else (["c++"], ["g++"], ["clang++"]):
+    wanted = os.environ.get("CXX", "")
+    try:
+        chosen = shlex.split(wanted)
+    except ValueError as error:  # a quotation mark without its other
+        raise BuildError(f"CXX={wanted} is not a command: {error}") from error
+    for command in [chosen] if chosen else ([name] for name in COMPILERS):
         if shutil.which(command[0]):
             return command
-    raise BuildError(
-        f"no C++ compiler (CXX={chosen[0]} not found)" if chosen else "no C++ compiler (c++, g++, clang++)"
-    )
+    raise BuildError(f"no C++ compiler ({f'CXX={chosen[0]} not found' if chosen else ', '.join(COMPILERS)})")
 
 
 def packaged() -> Path:
     """Where a wheel of these sources holds their library."""
     return FOLDER / f"lowbit-{_digest([])[:16]}.so"
+
+
+def cache_folder() -> Path:
+    """Where this user keeps what was compiled and measured on this machine.
+
+    Raises:
+        OSError: the user has no home, as in containers, and XDG_CACHE_HOME is not set.
+    """
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if folder.startswith("~"):
+        raise OSError(f"no folder for caches: {folder} names no home, and XDG_CACHE_HOME is not set to a path")
+    return Path(folder, "taq_kernels")
 
 
 def check_machine() -> None:
@@ -109,13 +125,16 @@ def check_machine() -> None:
 def _load() -> ctypes.CDLL:
     check_machine()
     if packaged().exists():
-        return ctypes.CDLL(str(packaged()))
+        try:
+            return ctypes.CDLL(str(packaged()))
+        except OSError as error:
+            _logger.warning("The packaged CPU kernel does not load, one is compiled for this machine: %s", error)
     version = subprocess.run(
-        [*compiler(), "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True
+        [*compiler(), "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     ).stdout
     name = f"lowbit-{_digest([*compiler(), version])[:16]}.so"
     try:
-        return _load_cached(_cache_folder(), name)
+        return _load_cached(cache_folder(), name)
     except OSError as error:
         _logger.info("compiling the CPU kernel for this process alone: %s", error)
     # A loaded library needs its file no more.
@@ -126,13 +145,22 @@ def _load() -> ctypes.CDLL:
 
 def _load_cached(folder: Path, name: str) -> ctypes.CDLL:
     path = folder / name
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{name}.lock"):
-            if not path.exists():
-                _logger.info("compiling the CPU kernel into %s (some seconds, once)", path)
-                compile_to(path)
-    return ctypes.CDLL(str(path))
+    if path.exists():
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(path))
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:  # or each process would take a whole library for a damaged one
+        raise OSError(f"libraries can't be loaded from {folder}: it is mounted noexec")
+    with _locked(folder / f"{name}.lock"):
+        if path.exists():  # it is damaged, or another process compiled it while this one waited
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError as error:
+                _logger.warning("The CPU kernel in the cache does not load and is compiled again: %s", error)
+        else:
+            _logger.info("compiling the CPU kernel into %s (some seconds, once)", path)
+        compile_to(path)
+        return ctypes.CDLL(str(path))
 
 
 @contextlib.contextmanager
@@ -140,10 +168,6 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "taq_kernels")
 
 
 def _digest(compiled_by: list[str]) -> str:

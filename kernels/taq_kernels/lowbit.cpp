@@ -15,7 +15,8 @@
 // Products. 16 (or 8) rows sit in the lanes of a vector, x is broadcast: no horizontal sums, and scales and zero points
 // are plain vectors. Codes are exact in float32 and in bf16, so weights are never rounded; per group
 //   total += s * (sum c x - (z - 2^(bits-1)) * sum x)
-// in float32, columns in order. A token's result depends neither on the other tokens nor on the number of threads.
+// in float32, columns in order. A token's result depends neither on the other tokens nor on the number of threads:
+// lowbit_linear's. What cpu.py makes of lowbit_dequantize for AMX is rounded twice, and taken from 32 tokens on only.
 // Few tokens: a code is unpacked into a register and multiplied with every token at once. Many: a group of a tile is
 // unpacked into the L1 cache and multiplied like a dense matrix.
 //
@@ -183,6 +184,8 @@ bool supported(int isa) {
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+bool known(int64_t bits) { return bits == 4 || bits == 8; }
+
 int64_t count_tiles(int shards, const int64_t* rows) {
   int64_t tiles = 0;
   for (int i = 0; i < shards; i++) tiles += (rows[i] + kTile - 1) / kTile;
@@ -203,8 +206,9 @@ extern "C" {
 int lowbit_supported(int isa) { return supported(isa); }
 
 // The fastest instruction set of this CPU for activations of a dtype; 0 if there is none.
-// bf16 instructions only on AMD: Zen 5 issues two vdpbf16ps a cycle, 64 multiply-adds, against 32 of float32 FMA. The
-// Xeon measured here (Emerald Rapids, 2.95 GHz) issues one every other cycle: 47 G multiply-adds/s against 93.
+// bf16 instructions only on AMD: Zen 5 is said to issue two vdpbf16ps a cycle, 64 multiply-adds, against 32 of float32
+// FMA (this project has not measured it). What was measured, an Intel Xeon (2.95 GHz) whose hypervisor hides AMX and
+// bf16, issues one every other cycle: 47 G multiply-adds/s against 93.
 int lowbit_best(int x_dtype) {
   if (x_dtype == kBfloat16 && supported(kAvx512Bf16) && __builtin_cpu_is("amd")) return kAvx512Bf16;
   return supported(kAvx512) ? kAvx512 : supported(kAvx2) ? kAvx2 : 0;
@@ -265,6 +269,8 @@ int lowbit_linear(int isa, int threads, int x_dtype, const uint8_t* x, int64_t t
                   int shards, const int64_t* bits, const int64_t* rows, const uint8_t* weights, const uint8_t* scales,
                   int scale_dtype, const uint8_t* zero_points, const uint8_t* bias, uint8_t* y) {
   if (!supported(isa) || (isa == kAvx512Bf16 && x_dtype != kBfloat16)) return kBadArgument;
+  for (int i = 0; i < shards; i++)
+    if (!known(bits[i])) return kBadArgument;
   const Kernels& kernels = kKernels[isa];
   Call call{};
   call.threads = threads, call.x_dtype = x_dtype, call.scale_dtype = scale_dtype;
@@ -305,7 +311,7 @@ int lowbit_linear(int isa, int threads, int x_dtype, const uint8_t* x, int64_t t
 int lowbit_dequantize(int isa, int threads, int bits, int64_t rows, int64_t columns, int group_size,
                       const uint8_t* weights, const uint8_t* scales, int scale_dtype, const uint8_t* zero_points,
                       int out_dtype, uint8_t* out) {
-  if (!supported(isa)) return kBadArgument;
+  if (!supported(isa) || !known(bits)) return kBadArgument;
   const int64_t bits_of[1] = {bits}, rows_of[1] = {rows};
   Call call{};
   call.threads = threads, call.x_dtype = out_dtype, call.scale_dtype = scale_dtype;

@@ -24,6 +24,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from taq_kernels.cpu_build import cache_folder
+
 VERSION = 1
 PACKAGED = Path(__file__).parent / "tuned"
 CPU = "cpu"
@@ -267,10 +269,11 @@ def file_name(device: str) -> str:
 
 
 def user_file(device: str) -> Path:
-    """Where `taq tune` writes, and where tables of this machine are looked up."""
-    # Not Path.home(), which raises for users without a home, as in containers.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return cache / "taq_kernels" / "tuned" / file_name(device)
+    """Where `taq tune` writes and tables of this machine are looked up; without a home, among the packaged ones."""
+    try:
+        return cache_folder() / "tuned" / file_name(device)
+    except OSError:
+        return PACKAGED / file_name(device)
 
 
 def configs_for(
