@@ -32,7 +32,9 @@ from typing import Any
 
 import torch
 from taq_kernels import tune
+from taq_kernels.packing import TILE_ROWS
 from taq_kernels.timing import Floor, Runner, Times, copies_needed, make_runner, time_in_turns
+from taq_kernels.tune import LARGEST_ERROR
 from taq_kernels.tuned import rows_by_bits
 from torch import Tensor
 
@@ -51,10 +53,6 @@ MOST_WORK = {"cuda": math.inf, "cpu": 2e10}
 """Multiply-adds a call. Larger layers are left out where a call takes seconds; 4096 x 4096 is measured up to 1024."""
 PLANS = ("16", "4", "8", "half", "4+8+16")
 """One bitwidth; half of the bytes at 4 and half at 8 bits; or q at 4, k at 8 and v at 16 bits, in fused QKV only."""
-TILE_ROWS = 128  # `half` is cut at a multiple of the GPU kernel's tiles
-LARGEST_ERROR = 1e-2
-"""Relative RMS. Rounding y to bf16 is 1.7e-3, rounding the weights to bf16 before as much again, partial sums that are
-added up in bf16 (split K by atomics, up to 16) up to 4 times as much; swapped codes or scales are an error near 1."""
 RUNS = {"cuda": 30, "cpu": 60}
 CELL_SECONDS = {"cuda": 1.0, "cpu": 5.0}
 """After so many no further round of the contenders for one layer and M starts."""
@@ -110,6 +108,7 @@ class Layer:
         """(bits, rows) of each matrix under a plan; none where the plan does not fit the layer."""
         if plan == "half":
             # Rows at 4 bits take half the bytes of rows at 8 (scales aside), so two thirds of them are half the bytes.
+            # Cut where the GPU kernel's tiles are.
             narrow = round(2 * self.rows / 3 / TILE_ROWS) * TILE_ROWS
             return ((4, narrow), (8, self.rows - narrow)) if 0 < narrow < self.rows else ()
         if plan == "4+8+16":
@@ -286,6 +285,8 @@ def _measure_tokens(
                 runners[plan, name] = runner
     sizes = {cells[key].weight_bytes for key in runners}
     floors = {size: make_runner(floor.calls(size), x.device) for size in sizes}
+    for runner in floors.values():
+        runner.run()  # as the others were, when their results were compared
     times = time_in_turns(runners | floors, x.device, RUNS[settings.device], settings.cell_seconds)
     clocks = gpu_state() if settings.device == "cuda" else None
     for (plan, name), cell in cells.items():
@@ -370,13 +371,15 @@ def _narrated(tasks: Iterable[tune.Task], description: str, count: int) -> Itera
 
 
 def gpu_state() -> dict[str, str] | None:
-    """Clocks, temperature and power of the first GPU, as they are now."""
+    """Clocks, temperature and power of the GPU that is used, as they are now."""
     names = "clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_event_reasons.active"
     return dict(zip(names.split(","), answer, strict=True)) if (answer := _nvidia_smi(names)) else None
 
 
 def _nvidia_smi(names: str) -> list[str] | None:
-    command = ["nvidia-smi", "--id=0", f"--query-gpu={names}", "--format=csv,noheader"]
+    # By UUID: nvidia-smi counts all GPUs of the machine, in another order than CUDA does.
+    gpu = f"GPU-{torch.cuda.get_device_properties().uuid}"
+    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={names}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 MULTIPROCESSORS = {80: 108, 86: 82, 89: 142, 90: 132, 100: 148, 120: 170}  # of A100, A40, L40S, H200, B200, RTX 5090
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # that one program may ask for
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # that one program may ask for
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
@@ -37,19 +37,34 @@ class Compiled:
     loops: tuple[collections.Counter, ...]
 
 
-def compile_gemm(arch, bucket, bits, dtype="bf16", symmetric=True, group_size=128, columns=4096):
-    """`gemm.gemm_kernel` as the launcher would launch it for 4096 rows of each of `bits`, untuned, with K split.
+def compile_gemm(
+    arch,
+    bucket,
+    bits,
+    dtype="bf16",
+    symmetric=True,
+    group_size=128,
+    columns=4096,
+    *,
+    config=None,
+    scale_dtype=None,
+    has_bias=True,
+    split=True,
+):
+    """`gemm.gemm_kernel` as the launcher would launch it for 4096 rows of each of `bits`.
+
+    Without a configuration it is the untuned one; without a dtype scales have that of x.
 
     Returns:
         The configuration, what was compiled, and instructions per weight of the loop for each of `bits`.
     """
-    config = gemm.heuristic([(b, 4096) for b in bits], columns, arch, MULTIPROCESSORS[arch], bucket)
-    launch = asdict(config) | {"slots": 1}
+    config = config or gemm.heuristic([(b, 4096) for b in bits], columns, arch, MULTIPROCESSORS[arch], bucket)
+    launch = asdict(config) | {"slots": int(split)}
     constants = gemm.kernel_constants(launch, dtype, bits, symmetric, columns, group_size, interpreted=False)
     types = {
         "x_ptr": f"*{dtype}",
         "weights_ptr": "*i16",
-        "scales_ptr": f"*{dtype}",
+        "scales_ptr": f"*{scale_dtype or dtype}",
         "zeros_ptr": "*u8",
         "bias_ptr": f"*{dtype}",
         "items_ptr": "*i32",
@@ -62,6 +77,8 @@ def compile_gemm(arch, bucket, bits, dtype="bf16", symmetric=True, group_size=12
     }
     if symmetric:
         constants["zeros_ptr"] = None
+    if not has_bias:
+        constants["bias_ptr"] = None
     aligned = [name for name in types if name != "M"]  # M is never specialised
     compiled = compile_for(gemm.gemm_kernel, types, constants, arch, config.num_warps, aligned)
     assert len(compiled.loops) == len(bits), f"{len(compiled.loops)} loops for {bits} bits"

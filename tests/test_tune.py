@@ -355,11 +355,25 @@ def test_the_fastest_configuration_that_is_right_is_chosen(few_copies, monkeypat
     assert tuned.Table(GPU, "0", {}, (entry,)).to_json()
 
 
+def test_a_device_that_is_lost_ends_the_search(few_copies, monkeypatch):
+    hopper = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
+
+    def lost(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(tune._Weights, "products", lost)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tune._choose(tune.Task(LAYER, 16, True), tune._Weights(CPU))
+
+
 def test_no_configuration_that_works_is_an_error(few_copies, monkeypatch):
     hopper = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
     monkeypatch.setattr(tune._Weights, "products", lambda *_: [lambda: torch.zeros(16, 192)])
-    with pytest.raises(ValueError, match=r"no configuration works .* M = 16: .* relative error 1"):
+    with pytest.raises(ValueError, match=r"no configuration works .* M = 16; the first: .* relative error 1"):
         tune._choose(tune.Task(LAYER, 16, True), tune._Weights(CPU))
 
 
@@ -397,6 +411,24 @@ def test_copies_exceed_the_caches_but_are_not_too_many():
     assert timing.copies_needed(10**9, gpu) == timing.COPIES
     assert timing.copies_needed(10**9, CPU) == 2
     assert timing.copies_needed(1, CPU) == timing.MOST_COPIES
+
+
+def test_graphs_last_long_enough_to_weigh_their_start_out():
+    assert [timing.repeats_needed(us) for us in (timing.GRAPH_US * 2, timing.GRAPH_US, 1400, 100)] == [1, 1, 2, 15]
+
+
+def test_a_copy_of_a_layer_shares_nothing_with_the_others(few_copies):
+    from taq_kernels import ops
+
+    def addresses(operands):
+        tensors = [value for value in vars(operands).values() if isinstance(value, torch.Tensor)] + operands.tables
+        return {tensor.data_ptr() for tensor in tensors}
+
+    weights = tune._Weights(CPU).of(LAYER)
+    first, second, *_ = weights._copies
+    assert isinstance(first, ops.Operands)
+    assert not addresses(first) & addresses(second)
+    assert torch.equal(first.weights, second.weights)
 
 
 def test_the_floor_reads_part_after_part_and_grows_for_large_ones():

@@ -9,11 +9,13 @@ these are calls of their public functions.
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from copy import deepcopy
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import torch
+from taq_kernels import reference
 from taq_kernels.timing import random_codes
 from torch import Tensor
 
@@ -43,9 +45,7 @@ class Matrix:
         """What the matrix stands for, [N, K] fp32."""
         if self.dense is not None:
             return self.dense.float()
-        centred = self.codes.float() - 2 ** (self.bits - 1)
-        rows, columns = self.codes.shape
-        return (centred.view(rows, -1, GROUP_SIZE) * self.scales.float()[..., None]).view(rows, columns)
+        return reference.dequantize(self.codes, self.scales, None, self.bits, GROUP_SIZE)
 
 
 def random_matrix(bits: int, rows: int, columns: int, device: torch.device) -> Matrix:
@@ -134,7 +134,7 @@ def pack_taq(matrices: Sequence[Matrix]) -> Packed:
     )
 
     def fresh() -> Product:
-        own = replace(operands, weights=operands.weights.clone(), scales=operands.scales.clone())
+        own = deepcopy(operands)  # with its tables: none of it is in the caches when a layer's turn comes
         arguments = [getattr(own, field.name) for field in fields(own)]
         return lambda x: torch.ops.taq.linear(x, *arguments)
 

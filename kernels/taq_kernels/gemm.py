@@ -5,7 +5,8 @@ of tokens, and on Hopper unpacked weights go from registers straight into wgmma,
 
 Why it looks like this: on an H200, 4-bit weights at the speed of memory leave 4.0 instructions per weight and lane
 (132 SM x 128 lanes x 1.98 GHz / (4.3 TB/s / 0.516 byte)), 8-bit ones 7.9. Converting integers and multiplying each by
-its scale costs 7.7 to 8.4 of them; this kernel compiles to less than 2.7 and 3.8 (`python -m tests.sass` prints them).
+its scale costs 7.7 to 8.4 of them; this kernel compiles to less than 2.7 and 3.8 (16 tokens, symmetric; with zero
+points 8 bits take 4.05). `python -m tests.sass` prints them.
 
 Nothing here has been timed on a GPU. Constants are marked *counted* (from compiled code, held by tests), *inferred*
 (arithmetic on published speeds) or *estimate*; none is measured.
@@ -46,6 +47,7 @@ ITEM = ("bits", "weights", "scales", "row", "rows", "part", "parts", "slot")
 _ROWS = tl.constexpr(packing.TILE_ROWS)
 _BLOCK = tl.constexpr(packing.BLOCK)
 _WORDS = tl.constexpr(packing.WORDS)
+_LINE = tl.constexpr(packing.DENSE_LINE)
 _ITEM = tl.constexpr(len(ITEM))
 
 # ---------------------------------------------------------------------------------------------------- unpacking
@@ -143,7 +145,8 @@ def _unpack(words_ptrs, low_ptrs, addends, BITS: tl.constexpr, ASM: tl.constexpr
             q3.to(COMPUTE) + addends[3],
         )
     else:
-        # The results are called int16 first, because a dtype here must be a literal.
+        # pack=2: a register holds two words, and one of each result's 16-bit floats for either. The results are called
+        # int16 first, because a dtype here must be a literal.
         if BITS == 4:
             q0, q1, q2, q3 = tl.inline_asm_elementwise(
                 ASM,
@@ -266,7 +269,7 @@ def _sum_codes(
     ZEROS_AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """[128, BLOCK_M] fp32: blocks begin .. end of a 4- or 8-bit tile times x^T."""
+    """[128, BLOCK_M] fp32: blocks begin .. end of a 4- or 8-bit tile times x^T; each group's sum is scaled once."""
     GROUPS: tl.constexpr = _BLOCK // GROUP_SIZE
     # One matrix product a group where its operand comes from registers (wgmma: one wait instead of four); else four.
     WIDTH: tl.constexpr = GROUP_SIZE if WIDE else 32
@@ -284,15 +287,15 @@ def _sum_codes(
         next_zeros = _load_groups(zero_ptrs, ahead * group_step, GROUPS)
         addends = _addends(zeros, BITS, BASE, COMPUTE)
         quarters = _unpack(words_ptrs + block * step, low_ptrs + block * step, addends, BITS, ASM, COMPUTE)
-        part = tl.full((_ROWS, BLOCK_M), 0.0, tl.float32)
+        group_sum = tl.full((_ROWS, BLOCK_M), 0.0, tl.float32)
         for i in tl.static_range(_BLOCK // WIDTH):
             scale = scales[i * WIDTH // GROUP_SIZE].to(tl.float32)[:, None]
             w = _columns(quarters, i * WIDTH // _WORDS, WIDTH)
             x = _load_x(x_ptr, offs_m, M, K, block * _BLOCK + i * WIDTH, WIDTH, EVEN_K, COMPUTE)
-            part = tl.dot(w, x, acc=part)
+            group_sum = tl.dot(w, x, acc=group_sum)
             if (i + 1) * WIDTH % GROUP_SIZE == 0:
-                acc += part * scale
-                part = tl.full((_ROWS, BLOCK_M), 0.0, tl.float32)
+                acc += group_sum * scale
+                group_sum = tl.full((_ROWS, BLOCK_M), 0.0, tl.float32)
     return acc
 
 
@@ -312,11 +315,10 @@ def _sum_dense(
     STAGES: tl.constexpr,
 ):
     """[128, BLOCK_M] fp32: steps begin .. end, of 64 columns, of a 16-bit tile times x^T."""
-    LINE: tl.constexpr = _BLOCK // 2
     acc = tl.full((_ROWS, BLOCK_M), 0.0, tl.float32)
     for line in tl.range(begin, end, num_stages=STAGES):
         w = tl.load(line_ptrs + line * step, eviction_policy="evict_first").to(COMPUTE)
-        acc = tl.dot(w, _load_x(x_ptr, offs_m, M, K, line * LINE, LINE, EVEN_K, COMPUTE), acc=acc)
+        acc = tl.dot(w, _load_x(x_ptr, offs_m, M, K, line * _LINE, _LINE, EVEN_K, COMPUTE), acc=acc)
     return acc
 
 
@@ -383,21 +385,22 @@ def gemm_kernel(
         if bits == 4:
             acc = _sum_codes(
                 x_ptr, words_ptrs, words_ptrs, step, scale_ptrs, zero_ptrs, begin, end, offs_m, M, K,
-                4, ASM_4, BASE_4, COMPUTE, GROUP_SIZE, EVEN_K, BLOCK_M, WIDE, ZEROS_AHEAD, STAGES_4,
+                BITS=4, ASM=ASM_4, BASE=BASE_4, COMPUTE=COMPUTE, GROUP_SIZE=GROUP_SIZE, EVEN_K=EVEN_K,
+                BLOCK_M=BLOCK_M, WIDE=WIDE, ZEROS_AHEAD=ZEROS_AHEAD, STAGES=STAGES_4,
             )  # fmt: skip
     if HAS_8:
         if bits == 8:
             acc = _sum_codes(
                 x_ptr, words_ptrs, words_ptrs + blocks * step, step, scale_ptrs, zero_ptrs, begin, end, offs_m, M, K,
-                8, ASM_8, BASE_8, COMPUTE, GROUP_SIZE, EVEN_K, BLOCK_M, WIDE, ZEROS_AHEAD, STAGES_8,
+                BITS=8, ASM=ASM_8, BASE=BASE_8, COMPUTE=COMPUTE, GROUP_SIZE=GROUP_SIZE, EVEN_K=EVEN_K,
+                BLOCK_M=BLOCK_M, WIDE=WIDE, ZEROS_AHEAD=ZEROS_AHEAD, STAGES=STAGES_8,
             )  # fmt: skip
     if HAS_16:
         if bits == 16:
-            LINE: tl.constexpr = _BLOCK // 2
             values_ptr = tile_ptr.to(tl.pointer_type(x_ptr.dtype.element_ty), bitcast=True)
-            line_ptrs = values_ptr + stored_n[:, None] * LINE + tl.arange(0, LINE)[None, :]
+            line_ptrs = values_ptr + stored_n[:, None] * _LINE + tl.arange(0, _LINE)[None, :]
             acc = _sum_dense(
-                x_ptr, line_ptrs, rows * LINE, 2 * begin, 2 * end, offs_m, M, K, COMPUTE, EVEN_K, BLOCK_M, STAGES_16
+                x_ptr, line_ptrs, rows * _LINE, 2 * begin, 2 * end, offs_m, M, K, COMPUTE, EVEN_K, BLOCK_M, STAGES_16
             )
 
     # ------------------------------------------------------------------------------------------------ epilogue
@@ -451,13 +454,12 @@ def dequantize_kernel(
     mask_n = (offs_n < tile_rows)[:, None]
     step = tile_rows * _WORDS
     if BITS == 16:
-        LINE: tl.constexpr = _BLOCK // 2
-        lane = tl.arange(0, LINE)[None, :]
+        lane = tl.arange(0, _LINE)[None, :]
         for i in tl.static_range(2):
             line = block * 2 + i
-            values = tl.load(tile_ptr + line * tile_rows * LINE + stored_n * LINE + lane)
-            mask = mask_n & (line * LINE + lane < K)
-            tl.store(out_ptrs + line * LINE + lane, values.to(out_ptr.dtype.element_ty, bitcast=True), mask=mask)
+            values = tl.load(tile_ptr + line * tile_rows * _LINE + stored_n * _LINE + lane)
+            mask = mask_n & (line * _LINE + lane < K)
+            tl.store(out_ptrs + line * _LINE + lane, values.to(out_ptr.dtype.element_ty, bitcast=True), mask=mask)
     else:
         GROUPS: tl.constexpr = _BLOCK // GROUP_SIZE
         group_offset = (tile * blocks + block) * GROUPS * _ROWS
@@ -524,8 +526,9 @@ class _Architecture:
 
 
 # Counted: registers and shared memory of the variants in tests/test_gemm_compile.py allow these programs; with these
-# warps none spills up to block_m 32, nor in a loop above. On sm_100 two warps use mma.sync, which at 16 tokens compiles
-# to fewer instructions than tcgen05 (2.1 against 2.5 per weight) and waits for less.
+# warps none spills up to block_m 32, nor in a loop above (but on sm_100 at 16 tokens, with zero points in groups of
+# 32: two registers). On sm_100 two warps use mma.sync, which at 16 tokens compiles to fewer instructions than tcgen05 (2.1
+# against 2.5 per weight) and waits for less.
 _SMALL_SHARED = {16: (4, 2), 32: (4, 2), 64: (8, 1), 128: (8, 1)}
 _ARCHITECTURES = {
     80: _Architecture(163, {16: (4, 3), 32: (4, 2), 64: (8, 1), 128: (8, 1)}),
@@ -535,6 +538,11 @@ _ARCHITECTURES = {
     100: _Architecture(227, {16: (2, 4), 32: (4, 2), 64: (4, 2), 128: (8, 1)}),
     120: _Architecture(99, _SMALL_SHARED),
 }
+
+# What tuning tries (estimate). At 128 tokens the sums of a tile and of its group are all of a thread's registers with 4
+# warps: the loop spills (counted).
+_WARPS = {16: (2, 4), 32: (2, 4), 64: (4, 8), 128: (8,)}
+_PROGRAMS_PER_SM = (1, 2, 3, 4, 6)
 
 
 def heuristic(shapes: Sequence[tuple[int, int]], columns: int, arch: int, num_sms: int, bucket: int) -> Config:
@@ -558,7 +566,7 @@ def heuristic(shapes: Sequence[tuple[int, int]], columns: int, arch: int, num_sm
     share = ((architecture.shared_kib + 1) // programs - 1) * 1024
     # Three or four blocks in flight are 48 KiB or more a multiprocessor; 23 KiB hide 700 ns at 4.3 TB/s (inferred).
     stages = [
-        max(s for s in range(2, most + 1) if s == 2 or shared_bytes(bits, s, block_m, num_warps, wide) <= share)
+        max(s for s in range(2, most + 1) if s == 2 or shared_bytes(arch, bits, s, block_m, num_warps, wide) <= share)
         for bits, most in ((4, 4), (8, 3), (16, 3))
     ]
     return Config(
@@ -586,11 +594,12 @@ def candidates(shapes: Sequence[tuple[int, int]], columns: int, arch: int, num_s
     if first.block_m > 32:  # the same tokens in twice as many programs of half as many
         bases.append(heuristic(shapes, columns, arch, num_sms, first.block_m // 2))
     configs = [first]
+    seen = {_launched(first, shapes, columns, num_sms, bucket)}
     for base in bases:
-        for num_warps in (2, 4) if base.block_m <= 32 else (4, 8):
+        for num_warps in _WARPS[base.block_m]:
             # On sm_100 narrow tcgen05 products outgrow their own memory (counted: no code at 128 tokens).
             choices = {_has_wide(arch, num_warps), False} if arch // 10 == 9 else {_has_wide(arch, num_warps)}
-            for wide, deeper, programs in product(choices, (0, 1), (1, 2, 3, 4, 6)):
+            for wide, deeper, programs in product(sorted(choices, reverse=True), (0, 1), _PROGRAMS_PER_SM):
                 config = replace(
                     base,
                     num_warps=num_warps,
@@ -601,13 +610,24 @@ def candidates(shapes: Sequence[tuple[int, int]], columns: int, arch: int, num_s
                     programs_per_sm=programs,
                 )
                 needed = max(
-                    shared_bytes(bits, config.stages(bits), config.block_m, num_warps, wide) for bits, _ in shapes
+                    shared_bytes(arch, bits, config.stages(bits), config.block_m, num_warps, wide) for bits, _ in shapes
                 )
-                if needed <= most_shared and config not in configs:
+                launched = _launched(config, shapes, columns, num_sms, bucket)
+                if needed <= most_shared and launched not in seen:
+                    seen.add(launched)
                     configs.append(config)
     if bucket >= 128:
         configs.append(replace(first, dequantize=True))
     return configs
+
+
+def _launched(
+    config: Config, shapes: Sequence[tuple[int, int]], columns: int, num_sms: int, bucket: int
+) -> tuple[Config, tuple[tuple[int, int], ...]]:
+    """All that decides what a configuration launches: K can be cut alike for different numbers of programs."""
+    m_blocks = -(-bucket // config.block_m)
+    parts = _parts(shapes, columns, config.block_m, m_blocks, config.programs_per_sm * num_sms)
+    return replace(config, programs_per_sm=0), tuple(parts.items())
 
 
 def _relative_time(
@@ -621,16 +641,18 @@ def _relative_time(
     return -(-programs // at_once) * (longest + _START_COST)
 
 
-def shared_bytes(bits: int, stages: int, block_m: int, num_warps: int, wide: bool) -> int:
-    """Shared memory that a loop takes at most (counted): one buffer fewer than stages, except where wgmma reads it."""
+def shared_bytes(arch: int, bits: int, stages: int, block_m: int, num_warps: int, wide: bool) -> int:
+    """Shared memory that a loop takes at most (counted): one buffer fewer than stages, except of what products read."""
     columns = packing.BLOCK if bits < 16 else packing.DENSE_LINE
     weights, x = columns * packing.TILE_ROWS * bits // 8, columns * block_m * 2
+    # wgmma and tcgen05 read x, and weights that need no unpacking, from their buffers while the next are filled.
+    reads_buffers = _has_wide(arch, num_warps)
+    weight_buffers = stages if reads_buffers and bits == 16 else stages - 1
+    x_buffers = stages if reads_buffers else stages - 1
+    # With zero points, 8 warps with narrow products pass the unpacked block on to each other.
+    unpacked = packing.TILE_ROWS * packing.BLOCK * 2 if num_warps == 8 and bits < 16 and not wide else 0
     few = packing.TILE_ROWS * 4  # scales and zero points on their way to other threads; barriers
-    if wide:
-        return (stages if bits == 16 else stages - 1) * weights + stages * x + few
-    # With zero points, 8 warps of mma.sync pass the unpacked block on to each other.
-    unpacked = packing.TILE_ROWS * packing.BLOCK * 2 if num_warps == 8 and bits < 16 else 0
-    return (stages - 1) * (weights + x) + unpacked + few
+    return weight_buffers * weights + x_buffers * x + unpacked + few
 
 
 def _architecture(arch: int) -> _Architecture:
@@ -664,7 +686,8 @@ class Tables:
 
 LAUNCH = ("tokens", "slots", "block_m", "num_warps", "stages_4", "stages_8", "stages_16", "wide", "dequantize")
 
-# At so many tokens per bit of a weight, multiplying takes as long as reading: on an H200 47 for 4 bits (inferred).
+# At so many tokens per bit of a weight, multiplying takes as long as reading: an H200's number, 47 tokens for 4 bits
+# (inferred), used for every GPU: it only weighs tiles of different bits against each other.
 _TOKENS_PER_BIT = 12
 
 # What starting and ending a program costs, in the unit of `_block_cost`: two blocks of 4 bits (estimate).
@@ -823,6 +846,7 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 
 
+@torch.no_grad()  # products are written to `out`, which autograd refuses where anything asks for a gradient
 def linear(
     x: Tensor,
     weights: Tensor,
@@ -1008,8 +1032,9 @@ def warm_up(
     group_size: int,
     bias: Tensor | None = None,
 ) -> None:
-    """Compile what `linear` will launch with these arguments: a CUDA graph must not be the first to call it."""
-    for tokens in launches[:: len(LAUNCH)]:
+    """Compile all that `linear` may launch with these arguments: a CUDA graph must not be the first to call it."""
+    buckets = launches[:: len(LAUNCH)]
+    for tokens in (*buckets, max(buckets) + 1):  # above the last: dequantized
         x = torch.zeros(tokens, columns, dtype=dtype, device=weights.device)
         linear(x, weights, scales, zero_points, tables, launches, bits, sizes, group_size, bias)
 

@@ -15,6 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ SMALLEST_GROUP = 32
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """M that latencies are measured at unless others are asked for."""
 LARGEST_ERROR = 1e-2
-"""Relative RMS. Rounding weights and result to bf16 is 2.4e-3; a launch that mixes anything up is off by about 1."""
+"""Relative RMS of what is timed, here and in benchmarks. Rounding y to bf16 is 1.7e-3, rounding the weights to bf16
+before as much again, partial sums that are added up in bf16 (others' split K by atomics, up to 16) up to 4 times as
+much; swapped codes or scales are an error near 1."""
 
 _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
     "gate_proj": "gate_up_proj",
@@ -185,6 +188,8 @@ def tune(
         ValueError: no such device, a table that is damaged or another device's, or one that cannot be written.
     """
     check_device(device)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs, streams and events are the current device's
     path = path or tuned.user_file(device_name(device))
     table = _table_at(path, device)
     todo = _tasks(layers, device, tokens)
@@ -304,9 +309,7 @@ class _Weights:
         if shards:
             first = ops.join(shards)
             count = timing.copies_needed(first.weights.nbytes + first.scales.nbytes, self.device)
-            self._copies = [
-                replace(first, weights=first.weights.clone(), scales=first.scales.clone()) for _ in range(count)
-            ]
+            self._copies = [deepcopy(first) for _ in range(count)]
         else:
             weight = self._dense.bfloat16()
             count = timing.copies_needed(weight.nbytes, self.device)
@@ -332,7 +335,8 @@ class _Weights:
             layer, sms = self._layer, torch.cuda.get_device_properties(self.device).multi_processor_count
             built = gemm.build_tables(layer.shapes, layer.columns, layer.group_size, configs, sms)
             launch = {"tables": [table.to(self.device) for table in built.tables], "launches": built.launches}
-        return [self._product(x, copy, launch) for copy in self._copies]
+        # Tables are copied too: a layer's are not in the caches either when its turn comes.
+        return [self._product(x, copy, deepcopy(launch)) for copy in self._copies]
 
     def _product(self, x: Tensor, copy: ops.Operands | Tensor, launch: Mapping[str, Any]) -> timing.Call:
         if isinstance(copy, Tensor):
@@ -361,16 +365,18 @@ def _choose(task: Task, weights: _Weights) -> ConfigEntry:
     asked = layer.shapes, layer.columns, 10 * properties.major + properties.minor, properties.multi_processor_count
     candidates = gemm.candidates(*asked, bucket)
     runners: dict[int, timing.Runner] = {}
-    refused = "there are none"
+    refused: list[str] = []
     for place, config in enumerate(candidates):
         try:
             runner = timing.make_runner(weights.products(x, {bucket: config}), weights.device)
             weights.check(x, runner.run())
             runners[place] = runner
         except Exception as error:  # too little shared memory, a compiler's failure, a wrong result: not a candidate
-            refused = f"{config}: {error}"
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # raises if the device is lost to this process: nothing after would be true
+            refused.append(f"{config}: {error}")
     if not runners:
-        raise ValueError(f"no configuration works for {layer} at M = {bucket}: {refused}")
+        raise ValueError(f"no configuration works for {layer} at M = {bucket}; the first: {refused[0]}")
     heat = timing.time_in_turns(runners, weights.device, runs=_HEAT_RUNS)
     finalists = sorted(heat, key=lambda place: heat[place].median)[:_FINALISTS]
     final = timing.time_in_turns({place: runners[place] for place in finalists}, weights.device)
