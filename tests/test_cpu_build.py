@@ -7,21 +7,20 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from taq_kernels import cpu_build
+from taq_kernels import cpu_build, tuned
 
 ROOT = Path(__file__).parent.parent
+REAL_COMPILER = next(filter(shutil.which, cpu_build.COMPILERS), None)
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
-)
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or REAL_COMPILER is None, reason="needs a C++ compiler")
 
 # Stands in for the compiler where what is compiled does not matter, which takes seconds: counts its calls, and gives a
 # library with one function.
-COMPILER = """#!/bin/sh
+COMPILER = f"""#!/bin/sh
 if [ "$1" = --version ]; then echo "stand-in 1.0"; exit; fi
 echo call >> "$(dirname "$0")/calls"
 for target; do :; done
-printf 'extern "C" int lowbit_best(int) { return 7; }' | exec c++ -x c++ - -shared -fPIC -o "$target"
+printf 'extern "C" int lowbit_best(int) {{ return 7; }}' | exec {REAL_COMPILER} -x c++ - -shared -fPIC -o "$target"
 """
 
 
@@ -54,15 +53,43 @@ def test_the_library_is_compiled_once_into_the_cache(compiler, tmp_path):
     assert library.stat().st_mode & 0o022 == 0
 
 
-def test_processes_that_start_together_compile_once(compiler):
+def load_in_processes(count):
+    """What the library answers to processes that start together."""
     program = "from taq_kernels import cpu_build; print(cpu_build.library().lowbit_best(0))"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels")}
     processes = [
         subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
-        for _ in range(6)
+        for _ in range(count)
     ]
-    assert [process.communicate()[0] for process in processes] == ["7\n"] * 6
+    return [process.communicate()[0].strip() for process in processes]
+
+
+def test_processes_that_start_together_compile_once(compiler):
+    assert load_in_processes(6) == ["7"] * 6
     assert compiler.read_text() == "call\n"
+
+
+def test_a_damaged_library_in_the_cache_is_compiled_again_once(compiler, tmp_path):
+    assert load_in_processes(1) == ["7"]
+    (library,) = (tmp_path / "cache" / "taq_kernels").glob("*.so")
+    library.write_bytes(b"not a library")
+    assert load_in_processes(6) == ["7"] * 6
+    assert load_in_processes(1) == ["7"]
+    assert compiler.read_text() == "call\n" * 2
+
+
+def test_a_packaged_library_that_does_not_load_is_compiled_here(compiler, tmp_path, monkeypatch, caplog):
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    for source in cpu_build.SOURCES:
+        shutil.copy(cpu_build.FOLDER / source, installed)
+    monkeypatch.setattr(cpu_build, "FOLDER", installed)
+    cpu_build.packaged().write_bytes(b"for a newer glibc")
+    for _ in range(2):
+        assert cpu_build.library().lowbit_best(0) == 7
+    assert compiler.read_text() == "call\n"
+    (record,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert cpu_build.packaged().name in record.getMessage()
 
 
 def test_other_sources_flags_or_compilers_are_compiled_anew(compiler, tmp_path, monkeypatch):
@@ -94,6 +121,41 @@ def test_without_a_writable_cache_the_library_is_compiled_for_the_process(compil
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
+def test_a_cache_that_nothing_can_be_loaded_from_is_not_compiled_into(compiler, tmp_path, monkeypatch):
+    real = os.statvfs(tmp_path)
+    mounted_noexec = os.statvfs_result([*real[:8], real.f_flag | os.ST_NOEXEC, real.f_namemax])
+    monkeypatch.setattr("os.statvfs", lambda path: mounted_noexec)
+    assert cpu_build.library().lowbit_best(0) == 7
+    assert compiler.read_text() == "call\n"
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_without_a_home_the_library_is_compiled_for_the_process_and_packaged_tables_are_used(
+    compiler, tmp_path, monkeypatch
+):
+    def no_such_user(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr("pwd.getpwuid", no_such_user)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="XDG_CACHE_HOME"):
+        cpu_build.cache_folder()
+    assert cpu_build.library().lowbit_best(0) == 7
+    assert not (tmp_path / "~").exists()
+    assert tuned.user_file("NVIDIA H200") == tuned.PACKAGED / "nvidia-h200.json"
+
+
+def test_compiled_libraries_and_tables_share_a_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cpu_build.cache_folder() == tmp_path / "taq_kernels"
+    assert tuned.user_file("cpu") == tmp_path / "taq_kernels" / "tuned" / "cpu.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cpu_build.cache_folder() == tmp_path / ".cache" / "taq_kernels"
+
+
 @pytest.mark.parametrize(
     ("script", "cause"),
     [
@@ -120,6 +182,18 @@ def test_no_compiler_is_said(compiler, monkeypatch, caplog):
     cpu_build.library.cache_clear()
     assert cpu_build.library() is None
     assert "no C++ compiler (c++, g++, clang++)" in caplog.text
+
+
+def test_a_compilers_name_that_the_shell_would_not_read_is_said(compiler, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "g++ -DNAME='unbalanced")
+    assert cpu_build.library() is None
+    assert "CXX=g++ -DNAME='unbalanced is not a command" in caplog.text
+
+
+def test_a_compilers_version_may_be_in_any_encoding(compiler):
+    program = compiler.with_name("compiler")
+    program.write_bytes(program.read_bytes().replace(b"stand-in", b"stand-in \xe9"))  # Latin-1, not UTF-8
+    assert cpu_build.library().lowbit_best(0) == 7
 
 
 def test_other_machines_are_declined_without_a_compilation(compiler, monkeypatch, caplog):

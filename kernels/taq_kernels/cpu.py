@@ -4,11 +4,11 @@
 call, sums in float32. Its header has the layout. Elsewhere torch's own int4 kernel does, in its own layout
 (`cpu_packing`), a shard at a time. Which of the two is a matter of the machine: packed weights are never stored.
 
-With AMX, which multiplies matrices of bf16 faster than any vector instruction (five times as fast as FMA), many tokens
-take another way: slabs of weights are rounded to 16 bits and the product is left to torch. The weights are never held
-a second time. This costs two properties of the kernel: weights and result are both rounded, 1.4 times the error of
-rounding the result alone, as of a model that is held in bf16; and a token's result differs, by that error, with whether
-the batch has AMX_FROM_TOKENS tokens or fewer.
+With AMX, which multiplies matrices of bf16 several times as fast as FMA (on paper: no such machine was at hand), many
+tokens take another way: slabs of weights are rounded to 16 bits and the product is left to torch. The weights are never
+held a second time. This gives up two properties of the kernel. Weights and result are both rounded, as where a model is
+held in bf16: 1.4 times the error of rounding the result alone. And a token's result depends on the batch: below
+AMX_FROM_TOKENS tokens it is the kernel's, from there on this other one.
 
 A process that forks after a product of several threads hangs in the child's first (libgomp), as with torch alone.
 """
@@ -31,7 +31,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # 4096 x 4096 take the kernel 6.8 ms (one thread of a Xeon, 2.95 GHz). Unpacking takes 2.9 ms at 4 bits and 3.4 at 8
 # (measured), and reading 32 MB of bf16 weights 2.5, which AMX would hardly exceed. Without AMX the kernel is the faster
 # one always: from 64 tokens on it multiplies at 84 to 91 % of what FMA can do.
-# On either side of it a token's result is another one: only from here on are weights rounded.
+# From here on, not below, weights are rounded too: 1.4 times the error, and on the other side of this number of tokens
+# the same token gets another result.
 AMX_FROM_TOKENS = 32
 _SLAB_ROWS = 512  # 4 MB of 16-bit weights at K = 4096: some megabytes a core is what L2 and L3 hold
 

@@ -15,8 +15,9 @@
 // Products. 16 (or 8) rows sit in the lanes of a vector, x is broadcast: no horizontal sums, and scales and zero points
 // are plain vectors. Codes are exact in float32 and in bf16, so weights are never rounded; per group
 //   total += s * (sum c x - (z - 2^(bits-1)) * sum x)
-// in float32, columns in order. A token's result depends neither on the other tokens nor on the number of threads:
-// lowbit_linear's. What cpu.py makes of lowbit_dequantize for AMX is rounded twice, and taken from 32 tokens on only.
+// in float32, columns in order. A token's result depends neither on the other tokens nor on the number of threads.
+// (lowbit_linear's. With AMX, and from 32 tokens on, cpu.py multiplies by what lowbit_dequantize gives instead: weights
+// are rounded then, 1.4 times the error, and a token's result depends on which side of 32 its batch is.)
 // Few tokens: a code is unpacked into a register and multiplied with every token at once. Many: a group of a tile is
 // unpacked into the L1 cache and multiplied like a dense matrix.
 //
