@@ -527,8 +527,8 @@ class _Architecture:
 
 # Counted: registers and shared memory of the variants in tests/test_gemm_compile.py allow these programs; with these
 # warps none spills up to block_m 32, nor in a loop above (but on sm_100 at 16 tokens, with zero points in groups of
-# 32: two registers). On sm_100 two warps use mma.sync, which at 16 tokens compiles to fewer instructions than tcgen05 (2.1
-# against 2.5 per weight) and waits for less.
+# 32: two registers). On sm_100 two warps use mma.sync, which at 16 tokens compiles to fewer instructions than tcgen05
+# (2.1 against 2.5 per weight) and waits for less.
 _SMALL_SHARED = {16: (4, 2), 32: (4, 2), 64: (8, 1), 128: (8, 1)}
 _ARCHITECTURES = {
     80: _Architecture(163, {16: (4, 3), 32: (4, 2), 64: (8, 1), 128: (8, 1)}),
