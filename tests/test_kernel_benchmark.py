@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,6 +204,20 @@ def test_a_contender_that_fails_is_a_line_without_times(tiny, run, monkeypatch, 
     report = kernels.report(read(tiny))
     assert f"- broken 4, tiny qkv_proj, M 1: {first['failed']}" in report
     assert "Not installed where this was measured: absent." in report
+
+
+def test_the_state_that_is_recorded_is_of_the_gpu_that_torch_uses(monkeypatch):
+    """The first GPU of nvidia-smi need not be the first, nor even one, of those that CUDA shows."""
+    asked = []
+
+    def answer(command, **_):
+        asked.append(command)
+        return SimpleNamespace(stdout="1980 MHz, 3201 MHz, 40, 300.00 W, 0x0\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(uuid="6d1c-07"))
+    monkeypatch.setattr(subprocess, "run", answer)
+    assert kernels.gpu_state()["power.draw"] == "300.00 W"
+    assert "--id=GPU-6d1c-07" in asked[0]
 
 
 def test_words_hold_the_first_code_in_their_lowest_bits():
