@@ -84,6 +84,20 @@ def serving_table(lines: list[Line]) -> str:
     return "\n".join([title + _markdown(table), "", *holds, "", "Where the time goes: " + _markdown(profile)])
 
 
+def kernels_table(lines: list[Line]) -> str:
+    """Speed of the kernel alone, and what must hold."""
+    from benchmarks.kernels import readme_section
+
+    title = "**The kernel alone on a CPU** (`python -m benchmarks.kernels --device cpu --threads 1`, then `--threads 2`)"
+    return (
+        f"{title}: the fastest of the calls of one interleaved run, weights from memory. *half*: half of the bytes at "
+        "4, half at 8 bits. Without bf16 instructions: `python -m benchmarks.kernels --report "
+        "benchmarks/results/kernels-cpu.jsonl`.\n\n"
+        "![Speedup over bf16 by tokens](benchmarks/results/kernels-cpu-bf16.png)\n\n"
+        f"{readme_section(lines)}"
+    )
+
+
 def planning_table(lines: list[Line]) -> str:
     """Cost of scoring."""
     from benchmarks.planning import render
@@ -103,6 +117,8 @@ SECTIONS: dict[str, Callable[[list[Line]], str]] = {
     "demo-cpu.jsonl": demo_table,
     "parity-cpu.jsonl": parity_table,
     "serving-cpu.jsonl": serving_table,
+    "serving-cpu-bf16.jsonl": serving_table,
+    "kernels-cpu-bf16.jsonl": kernels_table,
     "planning.jsonl": planning_table,
 }
 
