@@ -88,7 +88,7 @@ def kernels_table(lines: list[Line]) -> str:
     """Speed of the kernel alone, and what must hold."""
     from benchmarks.kernels import readme_section
 
-    title = "**The kernel alone on a CPU** (`python -m benchmarks.kernels --device cpu --threads 1`, then `--threads 2`)"
+    title = "**The kernel alone on a CPU** (`python -m benchmarks.kernels --device cpu --threads 1`, then 2)"
     return (
         f"{title}: the fastest of the calls of one interleaved run, weights from memory. *half*: half of the bytes at "
         "4, half at 8 bits. Without bf16 instructions: `python -m benchmarks.kernels --report "
