@@ -16,10 +16,12 @@ import fcntl
 import gc
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -292,11 +294,15 @@ class Engine:
 
     def _start(self) -> Any:
         if self._llm is None:
+            # On a CPU vLLM finds the triton that the kernels' tests need, says so twice and does without it.
+            logging.getLogger("vllm.triton_utils").setLevel(logging.ERROR)
             from vllm import LLM
 
             arguments = {"use_tqdm_on_load": False, "seed": self._seed, **self._engine_args}
             try:
-                self._llm = LLM(str(self._files.path), quantization=self._quantization, **arguments)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message=".*reduce_op. is deprecated", category=FutureWarning)
+                    self._llm = LLM(str(self._files.path), quantization=self._quantization, **arguments)
             except BaseException:
                 _free()  # half an engine would stand in the way of the next one
                 raise
