@@ -28,10 +28,10 @@ from rich.console import Console
 from benchmarks.lab.condition import check_same_function, condition
 from benchmarks.provenance import provenance
 from benchmarks.server import ask, vllm_serve
-from taq_vllm.allocate import Request, allocate, baseline_scores
+from taq_vllm.allocate import Request, allocate
 from taq_vllm.checkpoint import Calibration, quantize_model, verify
 from taq_vllm.evaluate import Engine, Result, compare
-from taq_vllm.model_files import ModelFiles, layer_of
+from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import Plan, write_atomically
 from taq_vllm.report import (
     Row,
@@ -42,9 +42,10 @@ from taq_vllm.report import (
     results_table,
     winner,
 )
-from taq_vllm.scorers import score
 from taq_vllm.scores import Scores
+from taq_vllm.scoring import baseline, score
 from taq_vllm.tasks import Task, load_task
+from taq_vllm.units import layer_of
 
 LAB = Path(__file__).parent / "lab"
 TASKS = ("trivia", "math", "code")
@@ -84,6 +85,11 @@ def make_model(out: Path) -> Path:
     return model
 
 
+def first_layers(scores: Scores) -> list[int]:
+    """The three that need precision most."""
+    return [layer_of(unit) for unit in scores.ranking[:3]]
+
+
 def make_checkpoints(model: Path, name: str, budget: str, out: Path) -> Made:
     """Score, plan, quantize and verify for one task."""
     say(f"2. {name}: what the task needs of each layer, plans at {budget}, checkpoints")
@@ -93,14 +99,14 @@ def make_checkpoints(model: Path, name: str, budget: str, out: Path) -> Made:
     taq, _ = score(files, task, "taq", folder / "scores-taq.json")
     taqo, _ = score(files, task, "taqo", folder / "scores-taqo.json", {"max_examples": ORACLE_EXAMPLES})
     found = agreement(taq, taqo)
-    sure = [str(s.layer) for s in taqo.layers if s.from_zero]
+    sure = [str(layer_of(s.unit)) for s in taqo.units if s.from_zero]
     console.print(
-        f"TAQ's first three layers: {taq.ranking[:3]}, the oracle's: {taqo.ranking[:3]}; "
+        f"TAQ's first three layers: {first_layers(taq)}, the oracle's: {first_layers(taqo)}; "
         f"Kendall's tau between their rankings {found.tau:+.2f} (p {found.p_value:.2f})\n"
         f"layers whose drop at 4 bits can be told from zero (n {ORACLE_EXAMPLES}): {', '.join(sure) or 'none'}; "
         "the others are ranked by the answer's likelihood"
     )
-    orders = {"edges": baseline_scores(files, "edges"), "TAQ": taq, "TAQO": taqo}
+    orders = {"edges": baseline(files, "edges"), "TAQ": taq, "TAQO": taqo}
     plans = {label: allocate(files, None, Request(bits, "uniform")) for label, bits in UNIFORM.items()}
     plans |= {label: allocate(files, scores, Request(budget)) for label, scores in orders.items()}
     checkpoints = {}

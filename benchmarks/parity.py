@@ -61,14 +61,15 @@ def make_checkpoints(folder: Path) -> dict[str, Path]:
 
     from safetensors.torch import load_file, save_file
 
-    from taq_vllm.allocate import Request, allocate, baseline_scores
+    from taq_vllm.allocate import Request, allocate
     from taq_vllm.checkpoint import Calibration, quantize_model
     from taq_vllm.model_files import ModelFiles
     from taq_vllm.plan import PLAN_FILE
     from taq_vllm.quantizer import quantize
+    from taq_vllm.scoring import baseline
 
     files = ModelFiles(LAB / "model")
-    plan = allocate(files, baseline_scores(files, "random"), Request(BUDGET, pins=MIXED_LAYER))
+    plan = allocate(files, baseline(files, "random"), Request(BUDGET, pins=MIXED_LAYER))
     paths = {name: folder / name for name in ("taq", "online", "dequantized")}
     if not paths["taq"].exists():
         quantize_model(files, plan, paths["taq"], Calibration(method="rtn"))

@@ -1,6 +1,6 @@
 """What does scoring a model with `taq` cost, next to the forward passes that it cannot do without?
 
-Time: one scoring run (`score_layers`: blocks read from disk one by one, statistics of every layer) over plain forward
+Time: one scoring run (`score_units`: blocks read from disk one by one, statistics of every layer) over plain forward
 passes of transformers on the same batches with the whole model in memory. The plain pass stops before the head, which
 scoring does not need either: with it, the ratio would look better. Both alternate in one process.
 
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.serving import TINY, Shape, make_model, make_prompts
 
 if TYPE_CHECKING:
+    from taq_vllm.scoring import Run
     from taq_vllm.stream import Batch, StreamedModel
     from taq_vllm.tasks import TokenizedExample
 
@@ -74,7 +75,7 @@ def cases(work: Path) -> list[Case]:
 
 def calibration(case: Case, model: "StreamedModel") -> "list[TokenizedExample]":
     """The case's calibration set as tokens."""
-    from taq_vllm.scorers import calibration_sequences
+    from taq_vllm.scoring import calibration_sequences
     from taq_vllm.tasks import TokenizedExample, load_task
 
     if case.task:
@@ -88,7 +89,7 @@ def calibration(case: Case, model: "StreamedModel") -> "list[TokenizedExample]":
 
 def allowed_bytes(model: "StreamedModel", batches: "Sequence[Batch]") -> dict[str, int]:
     """Embedding, two blocks and hidden states, all in the model's 16 bits."""
-    from taq_vllm.model_files import layer_of
+    from taq_vllm.units import layer_of
 
     item = model.dtype.itemsize
     blocks: dict[int, int] = {}
@@ -104,6 +105,15 @@ def allowed_bytes(model: "StreamedModel", batches: "Sequence[Batch]") -> dict[st
         "two_blocks": 2 * max(blocks.values()),
         "hidden_states": sum(batch.input_ids.numel() for batch in batches) * columns * item,
     }
+
+
+def run_of(model: "StreamedModel", sequences: "list[TokenizedExample]") -> "Run":
+    """Every block of a model to score on some sequences."""
+    from taq_vllm.scoring import Run
+    from taq_vllm.units import units_of
+
+    units = units_of(model.files.matrices, "layer")
+    return Run(model.files, "cpu", model, None, sequences, "layer", units, Path(os.devnull))
 
 
 # Children: fresh processes, each prints its answer as JSON.
@@ -138,7 +148,7 @@ def _time(case: Case) -> dict[str, Any]:
             plain(input_ids=batch.input_ids, use_cache=False)
 
     def score() -> None:
-        taq.score_layers(streamed, sequences, settings, Path(os.devnull))
+        taq.score_units(run_of(streamed, sequences), settings)
 
     def seconds(run: Callable[[], None]) -> float:
         started = time.perf_counter()
@@ -147,7 +157,7 @@ def _time(case: Case) -> dict[str, Any]:
 
     with torch.inference_mode():
         plain(input_ids=batches[-1].input_ids, use_cache=False)
-    taq.score_layers(streamed, sequences[: settings.batch_size], settings, Path(os.devnull))
+    taq.score_units(run_of(streamed, sequences[: settings.batch_size]), settings)
     cpu_started, started = time.process_time(), time.perf_counter()
     pairs = [(seconds(forward), seconds(score)) for _ in range(case.repeats)]
     return {
@@ -164,7 +174,7 @@ def _score(case: Case) -> dict[str, Any]:
     from taq_vllm.scorers import taq
 
     model, sequences, _, settings = _prepare(case)
-    taq.score_layers(model, sequences, settings, Path(os.devnull))
+    taq.score_units(run_of(model, sequences), settings)
     return {"peak_bytes": _peak_bytes()}
 
 

@@ -153,14 +153,15 @@ def make_contenders(shape: Shape, work: Path) -> dict[str, Path]:
     Returns:
         Checkpoint folder by contender.
     """
-    from taq_vllm.allocate import Request, allocate, baseline_scores
+    from taq_vllm.allocate import Request, allocate
     from taq_vllm.checkpoint import Calibration, quantize_model
     from taq_vllm.model_files import ModelFiles
+    from taq_vllm.scoring import baseline
 
     files = ModelFiles(make_model(shape, work))
     # Symmetric, as llm-compressor's W4A16 preset; the plan's 4 bits are this project's default, asymmetric.
     uniform = allocate(files, None, Request("4.2bits", "uniform", symmetric={4: True, 8: True, 16: True}))
-    planned = allocate(files, baseline_scores(files, "random"), Request(BUDGET))
+    planned = allocate(files, baseline(files, "random"), Request(BUDGET))
     for name, plan in (("stock-w4a16", uniform), ("plan-5bit", planned)):
         folder = files.path.with_name(name)
         try:
@@ -191,16 +192,14 @@ def expected_bytes(paths: Mapping[str, Path]) -> dict[str, WeightBytes]:
 
     files = ModelFiles(paths["bf16"])
     rows, columns = files.tensors["model.embed_tokens.weight"].shape
+    other = files.bytes_beside(files.matrices)
     matrices = {
         "bf16": sum(weight_bytes(16, s, True) for s in files.matrices.values()),
         # Stock vLLM's own packing: as on disk.
         "stock-w4a16": sum(weight_bytes(4, s, True) for s in files.matrices.values()),
-        "plan-5bit": Plan.load(paths["plan-5bit"] / PLAN_FILE).budget.resident_bytes - files.other_bytes,
+        "plan-5bit": Plan.load(paths["plan-5bit"] / PLAN_FILE).budget.resident_bytes - other,
     }
-    return {
-        name: WeightBytes(bytes_ + files.other_bytes, bytes_ + files.other_bytes - 2 * rows * columns)
-        for name, bytes_ in matrices.items()
-    }
+    return {name: WeightBytes(bytes_ + other, bytes_ + other - 2 * rows * columns) for name, bytes_ in matrices.items()}
 
 
 def make_prompts(count: int, tokens: int, vocabulary: int, seed: int) -> list[list[int]]:

@@ -7,26 +7,21 @@ Allocations (units are transformer blocks; arXiv 2511.06516, eq. 2 and section 4
 - `paper`: the paper's shares: of the layers that are not edges, the first 15% by rank at 16 bits, the next 45% at 8.
 - `uniform`: the same bits everywhere, the most that the budget allows.
 In every one, pins win over edges and edges over scores. A budget is never exceeded.
-
-Baseline orders that read no examples: `random` (seeded) and `edges` (the layers nearest to either end first).
 """
 
-import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from taq_vllm.model_files import ModelFiles, layer_of
-from taq_vllm.plan import BITS_MENU, GROUP_SIZE, Allocation, Budget, MatrixPlan, Plan, ScorerRef, weight_bytes
-from taq_vllm.scores import LayerScore, Scores
+from taq_vllm.model_files import ModelFiles
+from taq_vllm.plan import BITS_MENU, GROUP_SIZE, SYMMETRIC, Allocation, Budget, MatrixPlan, Plan, weight_bytes
+from taq_vllm.scores import Scores
+from taq_vllm.units import layer_of
 
 ALLOCATIONS = ("monotone", "paper", "uniform")
-BASELINES = ("random", "edges")
 
 PAPER_SHARE_16, PAPER_SHARE_8 = 0.15, 0.45
-SYMMETRIC = {4: False, 8: True, 16: True}
-"""Asymmetric codes pay for themselves at 4 bits; at 8 every GPU kernel in use wants symmetric ones."""
 
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _BUDGET = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*(bits|" + "|".join(_UNITS) + r")\s*$")
@@ -47,33 +42,6 @@ class Request:
     symmetric: Mapping[int, bool] = field(default_factory=lambda: dict(SYMMETRIC))
 
 
-def baseline_scores(files: ModelFiles, name: str, seed: int = 0) -> Scores:
-    """Scores that know nothing of the task.
-
-    Args:
-        files: the model.
-        name: `random` or `edges`.
-        seed: of the random order.
-    """
-    layers = range(files.layers)
-    if name == "random":
-        order = list(layers)
-        random.Random(seed).shuffle(order)
-        values, settings = {layer: float(-place) for place, layer in enumerate(order)}, {"seed": seed}
-    elif name == "edges":
-        values, settings = {layer: -float(min(layer, files.layers - 1 - layer)) for layer in layers}, {}
-    else:
-        raise ValueError(f"got baseline {name!r}; there are {', '.join(BASELINES)}")
-    return Scores(
-        model=files.ref,
-        task=None,
-        scorer=ScorerRef(name=name, settings=settings),
-        layers=tuple(LayerScore(layer=layer, score=values[layer]) for layer in layers),
-        seconds=0.0,
-        peak_memory_bytes=0,
-    )
-
-
 def allocate(files: ModelFiles, scores: Scores | None, request: Request) -> Plan:
     """Make a plan within the budget.
 
@@ -90,7 +58,7 @@ def allocate(files: ModelFiles, scores: Scores | None, request: Request) -> Plan
     if request.allocation not in ALLOCATIONS:
         raise ValueError(f"got allocation {request.allocation!r}; there are {', '.join(ALLOCATIONS)}")
     if scores is None and request.allocation != "uniform":
-        raise ValueError(f"allocation {request.allocation!r} needs scores: give --scores FILE or --baseline NAME")
+        raise ValueError(f"allocation {request.allocation!r} needs scores: give --scores FILE")
     if scores is not None and scores.model.fingerprint != files.ref.fingerprint:
         raise ValueError(
             f"the scores were made for {scores.model.id}, not for {files.id}: run `taq score` on {files.id}"
@@ -101,7 +69,7 @@ def allocate(files: ModelFiles, scores: Scores | None, request: Request) -> Plan
         raise ValueError(f"got {request.edges} edge layers at each end of a model of {files.layers} layers")
 
     sizes = _Sizes(files, request)
-    ranking = scores.ranking if scores else list(range(files.layers))
+    ranking = [layer_of(unit) for unit in scores.ranking] if scores else list(range(files.layers))
     free = [layer for layer in ranking if not sizes.is_edge(layer)]
     candidates = _candidates(request.allocation, free)
     smallest = min(candidates, key=sizes.total)
@@ -156,7 +124,9 @@ class _Sizes:
         """Bytes of the planned matrices in 16 bits."""
         amount, unit = _parse_budget(request.budget)
         self.asked = f"{amount:g}{unit}"
-        self.limit = amount * self._weights / 8 if unit == "bits" else amount * _UNITS[unit] - files.other_bytes
+        self.limit = (
+            amount * self._weights / 8 if unit == "bits" else amount * _UNITS[unit] - files.bytes_beside(files.matrices)
+        )
         """The budget as bytes of the planned matrices."""
 
     def is_edge(self, layer: int) -> bool:
@@ -190,7 +160,7 @@ class _Sizes:
         planned = self.total(bits)
         # Rounded up, so that what is printed can be asked for.
         average = -(-8000 * planned // self._weights) / 1000
-        return f"{average:.3f}bits or {planned + self._files.other_bytes}B"
+        return f"{average:.3f}bits or {planned + self.other_bytes}B"
 
 
 def _parse_budget(budget: str) -> tuple[float, str]:
@@ -239,7 +209,7 @@ def _plan(
     ranking: Sequence[int],
     bits: Mapping[int, int],
 ) -> Plan:
-    values = {s.layer: s.score for s in scores.layers} if scores else {}
+    values = {layer_of(s.unit): s.score for s in scores.units} if scores else {}
     ranks = {layer: rank for rank, layer in enumerate(ranking)} if scores else {}
     matrices = {}
     for name, shape in files.matrices.items():
@@ -261,6 +231,6 @@ def _plan(
         task=scores.task if scores else None,
         scorer=scores.scorer if scores else None,
         allocation=Allocation(name=request.allocation, settings=settings),
-        budget=Budget.of(sizes.asked, matrices, files.other_bytes),
+        budget=Budget.of(sizes.asked, matrices, files.bytes_beside(files.matrices)),
         matrices=matrices,
     )

@@ -29,11 +29,12 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from taq_vllm import __version__
+from taq_vllm.hidden_states import HiddenStates
 from taq_vllm.model_files import ModelFiles, read_header
 from taq_vllm.plan import BITS_MENU, GROUP_SIZE, PLAN_FILE, MatrixPlan, Plan, TaskRef, write_atomically
 from taq_vllm.progress import track
 from taq_vllm.quantizer import Method, Quantized, quantize, search_clip
-from taq_vllm.scorers import calibration_sequences
+from taq_vllm.scoring import calibration_sequences
 from taq_vllm.stream import Batch, StreamedModel, make_batches, matrices_of, replace_weight
 from taq_vllm.tasks import Task
 
@@ -91,7 +92,8 @@ def quantize_model(
         OSError: no space left; what was written is kept for the same command to continue.
     """
     files.check_plannable()
-    plan.check_fits(files.ref, files.matrices)
+    plan.check_fits(files.ref, files.matrices, files.head)
+    plan.check_served("the plan")
     if all(m.bits == 16 for m in plan.matrices.values()):
         raise ValueError(
             "the plan leaves every matrix at 16 bits: there is nothing to quantize; serve the model as it is"
@@ -426,7 +428,7 @@ def _write_blocks(
     model = StreamedModel(files, device)
     shards = _Shards(partial, model.layers + 1)
     batches: list[Batch] = []
-    hidden: list[Tensor] = []
+    hidden = HiddenStates([])
     if calibration.method == "clip":
         sequences = calibration_sequences(model, task, calibration.examples, with_completion=True)
         batches = make_batches(sequences, calibration.batch_size, calibration.max_tokens)
@@ -439,7 +441,7 @@ def _write_blocks(
             prefix = f"model.layers.{layer}."
             entries = {name: plan.matrices[prefix + name] for name in matrices_of(block)}
             if calibration.inputs == "full":
-                after = [model.run(layer, block, states) for states in hidden]
+                after = hidden.map(lambda states, layer=layer, block=block: model.run(layer, block, states))
             if tensors is None:
                 importance = _input_energy(model, layer, block, batches, hidden) if batches else {}
                 tensors = _quantize_block(prefix, block, entries, importance, model.dtype)
@@ -448,7 +450,7 @@ def _write_blocks(
                 for name, module in matrices_of(block).items():
                     if entries[name].bits < 16:
                         replace_weight(module, unpack(prefix + name, tensors, entries[name]).dequantize())
-                after = [model.run(layer, block, states) for states in hidden]
+                after = hidden.map(lambda states, layer=layer, block=block: model.run(layer, block, states))
             if batches:
                 hidden = after
     if shards.name(model.layers) not in shards.done:
@@ -458,7 +460,7 @@ def _write_blocks(
 
 
 def _input_energy(
-    model: StreamedModel, layer: int, block: torch.nn.Module, batches: Sequence[Batch], hidden: Sequence[Tensor]
+    model: StreamedModel, layer: int, block: torch.nn.Module, batches: Sequence[Batch], hidden: HiddenStates
 ) -> dict[str, Tensor]:
     """E[x_k^2] over the real tokens for every matrix's inputs: [K] float64 by the matrix's name in the block."""
     sums: dict[str, Tensor] = {}

@@ -8,14 +8,14 @@ anything runs. Single tensors are read on demand, memory-mapped.
 import hashlib
 import json
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taq_vllm.plan import ModelRef, Shape
+from taq_vllm.units import HEAD, layer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,6 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
 )
 
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _FINGERPRINT_SAMPLE = 256  # bytes of each tensor: tells a fine-tuned model from its base, which headers cannot
 _BYTES_PER_PARAMETER = 2
 _DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1} | {
@@ -36,13 +35,6 @@ _DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1} | {
     for kind, widths in {"I": (16, 32, 64), "U": (16, 32, 64), "F": (16, 32, 64), "BF": (16,)}.items()
     for bits in widths
 }
-
-
-def layer_of(matrix: str) -> int:
-    """The index of the transformer block that a matrix belongs to."""
-    match = _LAYER.match(matrix)
-    assert match, f"{matrix} is not inside a transformer block"
-    return int(match.group(1))
 
 
 @dataclass(frozen=True)
@@ -112,21 +104,31 @@ class ModelFiles:
         names = [
             name.removesuffix(".weight")
             for name, info in self.tensors.items()
-            if _LAYER.match(name) and name.endswith(".weight") and len(info.shape) == 2
+            if name.startswith("model.layers.") and name.endswith(".weight") and len(info.shape) == 2
         ]
         order = {name: place for place, name in enumerate(names)}
         names.sort(key=lambda name: (layer_of(name), order[name]))
         return {name: self.tensors[f"{name}.weight"].shape for name in names}
 
     @cached_property
+    def tied(self) -> bool:
+        """Whether the embedding doubles as the head."""
+        return f"{HEAD}.weight" not in self.tensors
+
+    @cached_property
+    def head(self) -> dict[str, Shape]:
+        """(V, d) of the head under its name, `lm_head`; a tied one has the embedding's."""
+        source = "model.embed_tokens.weight" if self.tied else f"{HEAD}.weight"
+        return {HEAD: self.tensors[source].shape} if source in self.tensors else {}
+
+    @cached_property
     def layers(self) -> int:
         """Number of transformer blocks."""
         return 1 + max(layer_of(name) for name in self.matrices)
 
-    @cached_property
-    def other_bytes(self) -> int:
-        """Bytes of everything that is not planned, in 16 bits: embeddings, norms, biases, the head."""
-        planned = {f"{name}.weight" for name in self.matrices}
+    def bytes_beside(self, planned: Iterable[str]) -> int:
+        """Bytes of everything but the named matrices, in 16 bits: embeddings, norms, biases, a head not planned."""
+        planned = {f"{name}.weight" for name in planned}
         others = [info for name, info in self.tensors.items() if name not in planned]
         return sum(math.prod(info.shape) for info in others) * _BYTES_PER_PARAMETER
 

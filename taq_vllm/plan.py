@@ -16,11 +16,19 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+from taq_vllm.units import Granularity
+
 BITS_MENU = (4, 8, 16)
+"""What is written and served."""
+STUDY_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+"""What a plan may name in studies with fake-quantized weights."""
+SYMMETRIC = {bits: bits >= 8 for bits in STUDY_BITS}
+"""Asymmetric codes pay for themselves below 8 bits; at 8 every GPU kernel in use wants symmetric ones."""
 GROUP_SIZE = 128
 PLAN_FILE = "taq_plan.json"
 
@@ -34,7 +42,7 @@ def weight_bytes(bits: int, shape: Shape, symmetric: bool, group_size: int = GRO
     """Bytes of one matrix in the checkpoint.
 
     Args:
-        bits: 4, 8 or 16.
+        bits: 2 to 8, or 16. What the format stores has 4, 8 or 16; others are counted as packed without gaps.
         shape: (N out-features, K in-features); K must be a multiple of `group_size` below 16 bits.
         symmetric: no zero points are stored.
         group_size: input features that share a scale.
@@ -46,10 +54,9 @@ def weight_bytes(bits: int, shape: Shape, symmetric: bool, group_size: int = GRO
     if bits == 16:
         return rows * columns * _BYTES_PER_PARAMETER
     groups = columns // group_size
-    codes_per_word = 32 // bits
-    code_bytes = rows * -(-columns // codes_per_word) * 4
+    code_bytes = rows * -(-columns * bits // 32) * 4
     scale_bytes = rows * groups * _BYTES_PER_PARAMETER
-    zero_bytes = 0 if symmetric else -(-rows // codes_per_word) * groups * 4
+    zero_bytes = 0 if symmetric else -(-rows * bits // 32) * groups * 4
     return code_bytes + scale_bytes + zero_bytes + _WEIGHT_SHAPE_BYTES
 
 
@@ -102,7 +109,7 @@ class Allocation(_Record):
     """How scores and budget became bits."""
 
     name: str
-    granularity: Literal["layer"] = "layer"
+    granularity: Granularity = "layer"
     settings: dict[str, Any] = {}
 
 
@@ -129,7 +136,7 @@ class Budget(_Record):
             other_bytes: of everything that is not planned.
         """
         planned = sum(m.disk_bytes for m in matrices.values())
-        weights = sum(m.shape[0] * m.shape[1] for m in matrices.values())
+        weights = sum(m.shape[0] * m.shape[1] for m in matrices.values() if not m.is_embedding)
         return cls(
             asked=asked,
             average_bits=8 * planned / weights,
@@ -148,6 +155,9 @@ class MatrixPlan(_Record):
     """(N out-features, K in-features)."""
     why: Literal["score", "pinned", "edge", "baseline", "shape"]
     """`shape`: the in-features do not divide into groups of 128, so the matrix stays at 16 bits."""
+    tied: bool = False
+    """The head of a model whose embedding doubles as its head: at 16 bits it is the embedding itself and costs nothing,
+    below that it is a copy of its own (the embedding stays)."""
     score: float | None = None
     rank: int | None = None
     """0 is the layer that needs precision most."""
@@ -155,8 +165,8 @@ class MatrixPlan(_Record):
     @field_validator("bits")
     @classmethod
     def _bits_in_menu(cls, bits: int) -> int:
-        if bits not in BITS_MENU:
-            raise ValueError(f"got {bits} bits, allowed are {', '.join(map(str, BITS_MENU))}")
+        if bits not in STUDY_BITS:
+            raise ValueError(f"got {bits} bits, allowed are {', '.join(map(str, STUDY_BITS))}")
         return bits
 
     @model_validator(mode="after")
@@ -172,14 +182,19 @@ class MatrixPlan(_Record):
         return self
 
     @property
+    def is_embedding(self) -> bool:
+        """Whether this is the embedding itself, which is not planned."""
+        return self.tied and self.bits == 16
+
+    @property
     def disk_bytes(self) -> int:
         """Bytes in the checkpoint."""
-        return weight_bytes(self.bits, self.shape, self.symmetric)
+        return 0 if self.is_embedding else weight_bytes(self.bits, self.shape, self.symmetric)
 
     @property
     def resident_bytes(self) -> int:
         """Bytes in the server's memory."""
-        return resident_bytes(self.bits, self.shape, self.symmetric)
+        return 0 if self.is_embedding else resident_bytes(self.bits, self.shape, self.symmetric)
 
 
 class Plan(_Record):
@@ -192,8 +207,10 @@ class Plan(_Record):
     allocation: Allocation
     budget: Budget
     group_size: Literal[128] = GROUP_SIZE
+    menu: tuple[int, ...] = BITS_MENU
+    """The bitwidths that could be chosen, ascending. Only plans within `BITS_MENU` are written and served."""
     matrices: dict[str, MatrixPlan]
-    """By Hugging Face module name, without `.weight`."""
+    """By Hugging Face module name, without `.weight`; `lm_head` only where the head was planned."""
 
     @field_validator("matrices")
     @classmethod
@@ -201,6 +218,17 @@ class Plan(_Record):
         if not matrices:
             raise ValueError("got no matrices; a plan names every weight matrix that it decides on")
         return matrices
+
+    @model_validator(mode="after")
+    def _bits_from_menu(self) -> "Plan":
+        if self.menu != tuple(sorted(set(self.menu) & set(STUDY_BITS))) or not self.menu:
+            raise ValueError(f"got menu {self.menu}, allowed are ascending bitwidths among {STUDY_BITS}")
+        for name, matrix in self.matrices.items():
+            if matrix.bits not in self.menu:
+                raise ValueError(
+                    f"{name}: got {matrix.bits} bits, allowed are {', '.join(map(str, self.menu))} (the plan's menu)"
+                )
+        return self
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Plan":
@@ -259,26 +287,47 @@ class Plan(_Record):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def counts(self) -> dict[int, int]:
-        """How many matrices have each bitwidth."""
-        return {bits: sum(m.bits == bits for m in self.matrices.values()) for bits in BITS_MENU}
+        """How many matrices have each bitwidth of the menu."""
+        return {bits: sum(m.bits == bits for m in self.matrices.values()) for bits in self.menu}
 
-    def check_fits(self, model: ModelRef, shapes: Mapping[str, Shape], where: str = "the plan") -> None:
+    def check_served(self, where: str) -> None:
+        """Refuse a plan of a study, whose bitwidths no checkpoint and no kernel has.
+
+        Raises:
+            ValueError: a matrix has bits outside `BITS_MENU`.
+        """
+        for name, matrix in self.matrices.items():
+            if matrix.bits not in BITS_MENU:
+                raise ValueError(
+                    f"{where}: {name} has {matrix.bits} bits, which can be studied but not written or served; served "
+                    f"are {', '.join(map(str, BITS_MENU))}: make the plan with `taq plan --menu 4,8,16`"
+                )
+
+    def check_fits(
+        self,
+        model: ModelRef,
+        shapes: Mapping[str, Shape],
+        head: Mapping[str, Shape] = MappingProxyType({}),
+        where: str = "the plan",
+    ) -> None:
         """Check that this plan is for this model and names exactly its matrices.
 
         Args:
             model: the model at hand.
-            shapes: every matrix of the model that can be planned, by name, with its (N, K).
+            shapes: every matrix inside the model's blocks, by name, with its (N, K).
+            head: the head, which a plan may name or not (`ModelFiles.head`).
             where: what to call the plan in errors.
 
         Raises:
             ValueError: another model, a matrix that does not exist, one that is missing, or another shape.
         """
-        unknown = [name for name in self.matrices if name not in shapes]
+        known = {**shapes, **head}
+        unknown = [name for name in self.matrices if name not in known]
         missing = [name for name in shapes if name not in self.matrices]
         changed = [
-            f"{name} is {shapes[name]} in the model and {m.shape} in the plan"
+            f"{name} is {known[name]} in the model and {m.shape} in the plan"
             for name, m in self.matrices.items()
-            if name in shapes and tuple(shapes[name]) != m.shape
+            if name in known and tuple(known[name]) != m.shape
         ]
         next_step = f"Make a plan for {model.id} with `taq score` and `taq plan`."
         if unknown:

@@ -13,9 +13,9 @@ from rich.table import Table
 from scipy.stats import kendalltau
 
 from taq_vllm.evaluate import Result, compare
-from taq_vllm.model_files import layer_of
 from taq_vllm.plan import Plan
 from taq_vllm.scores import Scores
+from taq_vllm.units import layer_of
 
 _BIT_COLOURS = {4: "#d9e6f2", 8: "#7aa6c9", 16: "#1f4e79"}
 
@@ -46,9 +46,8 @@ def agreement(one: Scores, other: Scores) -> Agreement:
         one: scores of any scorer.
         other: scores of the same model by another; its drops' ties are broken by its tiebreak.
     """
-    places = [{layer: place for place, layer in enumerate(s.ranking)} for s in (one, other)]
-    layers = range(len(one.layers))
-    result = kendalltau([places[0][layer] for layer in layers], [places[1][layer] for layer in layers])
+    places = [{unit: place for place, unit in enumerate(s.ranking)} for s in (one, other)]
+    result = kendalltau([places[0][unit] for unit in places[0]], [places[1][unit] for unit in places[0]])
     return Agreement(float(result.statistic), float(result.pvalue))
 
 
@@ -78,17 +77,17 @@ def relevance_figure(panels: Sequence[TaskPanel], title: str, path: Path) -> Non
         layout="constrained",
     )
     for column, panel in enumerate(panels):
-        layers = [s.layer for s in panel.taq.layers]
+        layers = [layer_of(s.unit) for s in panel.taq.units]
         information, stability, combined, drop, nll, strip = grid[:, column]
         information.set_title(panel.task)
         for axes, name, colour in ((information, "information", "#2a7f62"), (stability, "stability", "#b5651d")):
-            values = [s.details[name] for s in panel.taq.layers]
-            errors = [s.details[f"{name}_stderr"] for s in panel.taq.layers]
+            values = [s.details[name] for s in panel.taq.units]
+            errors = [s.details[f"{name}_stderr"] for s in panel.taq.units]
             axes.errorbar(layers, values, errors, fmt="o-", ms=3, lw=1, capsize=2, color=colour)
         combined.errorbar(
             layers,
-            [s.score for s in panel.taq.layers],
-            [s.stderr for s in panel.taq.layers],
+            [s.score for s in panel.taq.units],
+            [s.stderr for s in panel.taq.units],
             fmt="o-",
             ms=3,
             lw=1,
@@ -98,8 +97,8 @@ def relevance_figure(panels: Sequence[TaskPanel], title: str, path: Path) -> Non
         combined.axhline(0, color="0.7", lw=0.6)
         drop.bar(
             layers,
-            [100 * s.score for s in panel.taqo.layers],
-            yerr=[100 * s.stderr for s in panel.taqo.layers],
+            [100 * s.score for s in panel.taqo.units],
+            yerr=[100 * s.stderr for s in panel.taqo.units],
             color="#8c2d04",
             capsize=2,
             error_kw={"lw": 0.8},
@@ -107,8 +106,8 @@ def relevance_figure(panels: Sequence[TaskPanel], title: str, path: Path) -> Non
         drop.axhline(0, color="0.7", lw=0.6)
         nll.bar(
             layers,
-            [s.details["nll_increase"] for s in panel.taqo.layers],
-            yerr=[s.details["nll_increase_stderr"] for s in panel.taqo.layers],
+            [s.details["nll_increase"] for s in panel.taqo.units],
+            yerr=[s.details["nll_increase_stderr"] for s in panel.taqo.units],
             color="#d98c5f",
             capsize=2,
             error_kw={"lw": 0.8},

@@ -1,58 +1,69 @@
-"""Scores: what a scorer found about every layer of a model for one task (`scores.json`).
+"""What a scorer found about the parts of a model for one task (`scores.json`).
 
-Every scorer writes the same file: one score per transformer block, higher means that the task needs more precision
-there, with a standard error over the calibration examples wherever one can be had. Allocators read nothing else.
+Every scorer writes the same file: one score per unit (`units.py`), higher means that the task needs more precision
+there, with a standard error over the calibration examples wherever one can be had. Scorers that measure what a bitwidth
+costs also give that cost per bitwidth. Allocators read nothing else.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from taq_vllm.plan import ModelRef, ScorerRef, TaskRef, write_atomically
+from taq_vllm.units import Granularity
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class LayerScore(_Record):
-    """One layer's score."""
+class UnitScore(_Record):
+    """One unit's score."""
 
-    layer: int
+    unit: str
     score: float
     stderr: float | None = None
     """Standard error over calibration examples; None where the scorer reads no examples."""
     from_zero: bool = True
     """False: the score cannot be told from zero, and is ranked as zero."""
     tiebreak: float = 0.0
-    """Orders layers whose scores are equal; higher needs more precision."""
+    """Orders units whose scores are equal; higher needs more precision."""
+    costs: dict[int, float] = {}
+    """What the unit alone at so many bits costs, in `Scores.cost_unit`; additive over units to first order. Bitwidths
+    that were not measured are missing; 16 bits cost nothing."""
+    cost_stderrs: dict[int, float] = {}
+    """Standard errors of `costs` over calibration examples."""
     details: dict[str, float | bool] = {}
     """What the score was made of, by the scorer's own names."""
 
 
 class Scores(_Record):
-    """Every layer's score, and how it was made."""
+    """Every unit's score, and how it was made."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     model: ModelRef
     task: TaskRef | None
     scorer: ScorerRef
-    layers: tuple[LayerScore, ...]
+    granularity: Granularity = "layer"
+    cost_unit: str | None = None
+    """Of `UnitScore.costs`, as `nats per answer token`; None where the scorer gives no costs."""
+    units: tuple[UnitScore, ...]
+    """In the model's order."""
     seconds: float
     peak_memory_bytes: int
     """Highest resident memory of the process until then, libraries included; a GPU's memory is not in it."""
 
     @property
-    def ranking(self) -> list[int]:
-        """Layers, the one that needs precision most first.
+    def ranking(self) -> list[str]:
+        """Units, the one that needs precision most first.
 
         Noise is not ranked: scores that cannot be told from zero are equal. Equal scores go by the tiebreak, then the
-        earlier layer comes first.
+        earlier unit comes first.
         """
-        return [
-            s.layer for s in sorted(self.layers, key=lambda s: (-s.score if s.from_zero else 0.0, -s.tiebreak, s.layer))
-        ]
+        places = {entry.unit: place for place, entry in enumerate(self.units)}
+        entries = sorted(self.units, key=lambda s: (-s.score if s.from_zero else 0.0, -s.tiebreak, places[s.unit]))
+        return [entry.unit for entry in entries]
 
     def save(self, path: str | Path) -> None:
         """Write `scores.json`; the file appears whole or not at all."""
@@ -76,11 +87,3 @@ class Scores(_Record):
             raise ValueError(
                 f"{path} is not a valid scores file: {where}: {first['msg']}; run `taq score` again"
             ) from error
-
-    def answers(self, model: ModelRef, task: TaskRef | None, scorer: str, settings: dict[str, Any]) -> bool:
-        """Whether these scores are what such a run would give."""
-        return (
-            self.model.fingerprint == model.fingerprint
-            and self.task == task
-            and self.scorer == ScorerRef(name=scorer, settings=settings)
-        )

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taq_vllm.allocate import Request, allocate, baseline_scores
+from taq_vllm.allocate import Request, allocate
 from taq_vllm.checkpoint import Calibration, Verified, quantize_model, verify
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import Plan
-from taq_vllm.scorers import score
 from taq_vllm.scores import Scores
+from taq_vllm.scoring import baseline, score
 from taq_vllm.tasks import Task
 
 
@@ -51,7 +51,7 @@ def specialize(
     """
     work = output.with_name(f"{output.name}.work")
     # A budget that cannot be met should not cost a scoring pass to find out: sizes do not depend on the scores.
-    allocate(files, baseline_scores(files, "edges"), request)
+    allocate(files, baseline(files, "edges"), request)
     scores, scored_now = score(files, task, scorer, work / f"scores-{scorer}.json", scorer_settings, device)
     plan = allocate(files, scores, request)
     plan.save(work / "plan.json")

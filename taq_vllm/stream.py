@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taq_vllm.hidden_states import HiddenStates
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.tasks import TokenizedExample
 
@@ -110,11 +111,11 @@ class StreamedModel:
         return len(self._decoder.layers)
 
     @torch.inference_mode()
-    def embed(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Hidden states entering the first block: one [B, T, d] tensor per batch."""
+    def embed(self, batches: Sequence[Batch]) -> HiddenStates:
+        """Hidden states entering the first block."""
         # The one tensor that can be larger than blocks: kept in 16 bits, only what is looked up is converted.
         with self._loaded(self._decoder.embed_tokens, "model.embed_tokens.", self.dtype) as embedding:
-            return [embedding(batch.input_ids.to(self.device)).to(self.compute_dtype) for batch in batches]
+            return HiddenStates(embedding(batch.input_ids.to(self.device)).to(self.compute_dtype) for batch in batches)
 
     @contextmanager
     def block(self, layer: int) -> Iterator[nn.Module]:

@@ -13,12 +13,12 @@ def make_plan(folder, key_of):
     }
     planned = sum(matrix.disk_bytes for matrix in matrices.values())
     weights = sum(rows * columns for rows, columns in files.matrices.values())
-    resident = sum(matrix.resident_bytes for matrix in matrices.values()) + files.other_bytes
+    resident = sum(matrix.resident_bytes for matrix in matrices.values()) + files.bytes_beside(files.matrices)
     budget = Budget(
         asked="by hand",
         average_bits=8 * planned / weights,
         planned_bytes=planned,
-        disk_bytes=planned + files.other_bytes,
+        disk_bytes=planned + files.bytes_beside(files.matrices),
         resident_bytes=resident,
     )
     return Plan(base_model=files.ref, allocation=Allocation(name="by hand"), budget=budget, matrices=matrices)

@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taq_vllm.allocate import Request, allocate, baseline_scores
-from taq_vllm.model_files import ModelFiles, layer_of
+from taq_vllm.allocate import Request, allocate
+from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import ModelRef, ScorerRef, weight_bytes
-from taq_vllm.scores import LayerScore, Scores
+from taq_vllm.scores import Scores, UnitScore
+from taq_vllm.scoring import baseline
+from taq_vllm.units import layer_of
 
 LAYERS = 6
 
@@ -45,7 +47,7 @@ def scores_of(files, values):
         model=files.ref,
         task={"name": "t", "data_sha256": "0", "examples": 2},
         scorer=ScorerRef(name="taq"),
-        layers=tuple(LayerScore(layer=i, score=v, stderr=0.1) for i, v in enumerate(values)),
+        units=tuple(UnitScore(unit=f"model.layers.{i}", score=v, stderr=0.1) for i, v in enumerate(values)),
         seconds=0,
         peak_memory_bytes=0,
     )
@@ -116,7 +118,7 @@ def test_sixteen_bits_appear_only_when_every_layer_has_eight(files):
 def test_a_budget_in_bytes_counts_everything_on_disk(files):
     plan = allocate(files, scores_of(files, range(LAYERS)), Request("900kB"))
     assert plan.budget.disk_bytes <= 900_000
-    assert plan.budget.disk_bytes == plan.budget.planned_bytes + files.other_bytes
+    assert plan.budget.disk_bytes == plan.budget.planned_bytes + files.bytes_beside(files.matrices)
     assert plan.budget.planned_bytes == sum(m.disk_bytes for m in plan.matrices.values())
 
 
@@ -187,18 +189,18 @@ def test_a_pin_that_is_malformed_or_matches_nothing_is_refused(files, pin):
 
 def test_a_pin_on_layer_1_does_not_catch_layer_10(tmp_path):
     files = write_model(tmp_path, layers=11)
-    plan = allocate(files, baseline_scores(files, "random"), Request("9bits", pins=("layers.1=16",)))
+    plan = allocate(files, baseline(files, "random"), Request("9bits", pins=("layers.1=16",)))
     pinned = {layer_of(name) for name, m in plan.matrices.items() if m.why == "pinned"}
     assert pinned == {1}
 
 
 def test_matrices_that_do_not_divide_into_groups_stay_at_16_bits_and_say_so(tmp_path):
     files = write_model(tmp_path, columns=200)
-    plan = allocate(files, baseline_scores(files, "random"), Request("12bits"))
+    plan = allocate(files, baseline(files, "random"), Request("12bits"))
     assert {m.bits for n, m in plan.matrices.items() if "q_proj" in n} == {16}
     assert {m.why for n, m in plan.matrices.items() if "q_proj" in n} == {"shape"}
     with pytest.raises(ValueError, match="200 in-features, which 128 does not divide"):
-        allocate(files, baseline_scores(files, "random"), Request("12bits", pins=("q_proj=4",)))
+        allocate(files, baseline(files, "random"), Request("12bits", pins=("q_proj=4",)))
 
 
 def test_scores_of_another_model_are_refused(files):
@@ -208,17 +210,17 @@ def test_scores_of_another_model_are_refused(files):
 
 
 def test_random_depends_on_its_seed_alone_and_edges_starts_at_the_ends(files):
-    assert baseline_scores(files, "random", 1).ranking == baseline_scores(files, "random", 1).ranking
+    assert baseline(files, "random", {"seed": 1}).ranking == baseline(files, "random", {"seed": 1}).ranking
     assert any(
-        baseline_scores(files, "random", 0).ranking != baseline_scores(files, "random", seed).ranking
+        baseline(files, "random", {"seed": 0}).ranking != baseline(files, "random", {"seed": seed}).ranking
         for seed in range(1, 4)
     )
-    assert baseline_scores(files, "edges").ranking == [0, 5, 1, 4, 2, 3]
+    assert baseline(files, "edges").ranking == [0, 5, 1, 4, 2, 3]
 
 
 def test_ties_and_noise_are_ordered_by_the_tiebreak():
-    layers = [LayerScore(layer=i, score=0.0, tiebreak=t) for i, t in enumerate([0.1, 0.3, 0.2])]
-    layers += [LayerScore(layer=3, score=0.9, from_zero=False), LayerScore(layer=4, score=0.1)]
+    layers = [UnitScore(unit=f"model.layers.{i}", score=0.0, tiebreak=t) for i, t in enumerate([0.1, 0.3, 0.2])]
+    layers += [UnitScore(unit=3, score=0.9, from_zero=False), UnitScore(unit=4, score=0.1)]
     made = Scores(
         model=ModelRef(id="m", fingerprint="0"),
         task=None,

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from tiny_models import make_tiny
 from transformers import AutoModelForCausalLM
 
-from taq_vllm.allocate import Request, allocate, baseline_scores
+from taq_vllm.allocate import Request, allocate
 from taq_vllm.checkpoint import Calibration, check_tensors, pack, quantize_model, unpack, verify
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import MatrixPlan, Plan
 from taq_vllm.quantizer import Quantized, quantize
+from taq_vllm.scoring import baseline
 from taq_vllm.tasks import load_task
 
 MIXED_LAYER = ("layers.1.self_attn.q_proj=4", "layers.1.self_attn.k_proj=8", "layers.1.self_attn.v_proj=16")
@@ -32,7 +33,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plan(files):
-    return allocate(files, baseline_scores(files, "random"), Request("8bits", pins=MIXED_LAYER))
+    return allocate(files, baseline(files, "random"), Request("8bits", pins=MIXED_LAYER))
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def test_another_tokenizer_makes_another_checkpoint(plan, tmp_path, files, writt
 def test_another_spelling_of_the_folder_or_the_budget_is_the_same_plan(files, monkeypatch):
     monkeypatch.chdir(files.path.parent)
     hashes = {
-        allocate(ModelFiles(model), baseline_scores(files, "edges"), Request(budget)).sha256()
+        allocate(ModelFiles(model), baseline(files, "edges"), Request(budget)).sha256()
         for model in (files.path, files.path.name, f"./{files.path.name}/")
         for budget in ("6bits", "6.0bits", " 6.00 bits ")
     }
@@ -348,7 +349,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
 
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     files = ModelFiles(folder)
-    plan = allocate(files, baseline_scores(files, "edges"), Request("6bits"))
+    plan = allocate(files, baseline(files, "edges"), Request("6bits"))
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: got weights that are not finite"):
         quantize_model(files, plan, tmp_path / "out", RTN)
     assert not (tmp_path / "out").exists()

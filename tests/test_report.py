@@ -6,7 +6,7 @@ from matplotlib import image
 from taq_vllm.evaluate import Result, Settings
 from taq_vllm.plan import Allocation, Budget, MatrixPlan, ModelRef, Plan, ScorerRef
 from taq_vllm.report import Row, TaskPanel, agreement, relevance_figure, results_markdown, results_table, winner
-from taq_vllm.scores import LayerScore, Scores
+from taq_vllm.scores import Scores, UnitScore
 
 MODEL = ModelRef(id="model", fingerprint="0")
 
@@ -57,7 +57,9 @@ def scores_of(values, name="taq"):
         model=MODEL,
         task=None,
         scorer=ScorerRef(name=name),
-        layers=tuple(LayerScore(layer=i, score=v, stderr=0.1, details=details) for i, v in enumerate(values)),
+        units=tuple(
+            UnitScore(unit=f"model.layers.{i}", score=v, stderr=0.1, details=details) for i, v in enumerate(values)
+        ),
         seconds=0,
         peak_memory_bytes=0,
     )

@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.quantizer import quantize
-from taq_vllm.scorers import SCORERS, score
+from taq_vllm.scorers import taqo
 from taq_vllm.scorers.taq import Moments, Reservoir, Settings, Statistic, matrix_entropy, z_score
 from taq_vllm.scores import Scores
+from taq_vllm.scoring import score
 from taq_vllm.stream import StreamedModel
 from taq_vllm.tasks import load_task
 
@@ -167,15 +168,15 @@ def test_taq_equals_equations_3_to_5_computed_from_transformers_hidden_states(fi
     h, s = torch.stack(entropy), torch.stack(stability)
     expected = 0.5 * (h - h.mean()) / h.std(unbiased=False) + 0.5 * (s - s.mean()) / s.std(unbiased=False)
     # bf16 states of padded batches differ from those of single rows in the last bit: 2^-8 relative, averaged down
-    found = torch.tensor([entry.score for entry in scores.layers], dtype=torch.float64)
+    found = torch.tensor([entry.score for entry in scores.units], dtype=torch.float64)
     assert torch.allclose(found, expected, atol=0.05)
-    assert all(entry.stderr > 0 for entry in scores.layers)
+    assert all(entry.stderr > 0 for entry in scores.units)
 
 
 def test_flipping_the_stability_sign_flips_its_part(files, task, tmp_path):
     minus, _ = score(files, task, "taq", tmp_path / "a.json")
     plus, _ = score(files, task, "taq", tmp_path / "b.json", {"stability_sign": 1})
-    for one, other in zip(minus.layers, plus.layers, strict=True):
+    for one, other in zip(minus.units, plus.units, strict=True):
         assert one.details["z_stability"] == pytest.approx(-other.details["z_stability"])
         assert one.details["z_information"] == pytest.approx(other.details["z_information"])
 
@@ -204,7 +205,7 @@ def test_taqo_equals_the_naive_oracle(files, task, tmp_path):
             if isinstance(module, torch.nn.Linear):
                 module.weight.data = quantize(module.weight.data.bfloat16(), 4, False).dequantize().to(dtype)
         exact, nll = answers(model)
-        found = scores.layers[layer]
+        found = scores.units[layer]
         assert found.score == pytest.approx((full_exact - exact).mean().item(), abs=1e-9)
         assert found.tiebreak == pytest.approx((nll - full_nll).mean().item(), abs=1e-5)
         difference = nll - full_nll
@@ -213,7 +214,7 @@ def test_taqo_equals_the_naive_oracle(files, task, tmp_path):
 
 def test_an_interrupted_oracle_continues_and_finds_the_same(files, task, tmp_path, monkeypatch):
     whole, _ = score(files, task, "taqo", tmp_path / "whole.json")
-    appended = SCORERS["taqo"]._append
+    appended = taqo._append
 
     def die_after_one(journal, layer, answers):
         appended(journal, layer, answers)
@@ -221,20 +222,20 @@ def test_an_interrupted_oracle_continues_and_finds_the_same(files, task, tmp_pat
             file.write('{"layer": 1, "exact": [1.0, 0')  # what a kill leaves
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(SCORERS["taqo"], "_append", die_after_one)
+    monkeypatch.setattr(taqo, "_append", die_after_one)
     with pytest.raises(KeyboardInterrupt):
         score(files, task, "taqo", tmp_path / "s.json")
     assert not (tmp_path / "s.json").exists()
     layers_run = []
     monkeypatch.setattr(
-        SCORERS["taqo"],
+        taqo,
         "_append",
         lambda journal, layer, answers: (layers_run.append(layer), appended(journal, layer, answers)),
     )
     resumed, fresh = score(files, task, "taqo", tmp_path / "s.json")
     assert fresh
     assert layers_run == [1, 2]
-    assert resumed.layers == whole.layers
+    assert resumed.units == whole.units
     assert not list(tmp_path.glob("*.journal"))
 
 
@@ -255,7 +256,7 @@ def test_a_finished_score_is_not_made_again_unless_something_changed(files, task
 @pytest.mark.parametrize(
     ("scorer", "settings", "said"),
     [
-        ("magic", {}, "there are taq, taqo"),
+        ("magic", {}, "there are edges"),
         ("taq", {"alpha": 0.9}, "must sum to 1"),
         ("taq", {"gamma": 1}, "its settings are alpha, beta"),
         ("taq", {"alpha": -0.5, "beta": 1.5}, "greater than or equal to 0"),

@@ -359,7 +359,7 @@ def _check_fits(plan: Plan, where: str, model_name: str, revision: str | None) -
             where,
         )
         return
-    plan.check_fits(files.ref.model_copy(update={"id": model_name}), files.matrices, where)
+    plan.check_fits(files.ref.model_copy(update={"id": model_name}), files.matrices, files.head, where)
 
 
 def _kind(name: str) -> str:

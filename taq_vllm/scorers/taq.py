@@ -16,19 +16,22 @@ input instead of absolute.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from taq_vllm.hidden_states import HiddenStates
 from taq_vllm.progress import track
-from taq_vllm.scores import LayerScore
-from taq_vllm.stream import Batch, StreamedModel, make_batches
-from taq_vllm.tasks import TokenizedExample
+from taq_vllm.scores import UnitScore
+from taq_vllm.scoring import Run
+from taq_vllm.stream import Batch, make_batches
+from taq_vllm.units import HEAD
 
-WITH_COMPLETION = False
+READS = "prompts"
+GRANULARITIES = ("layer",)
+COST_UNIT = None
 
 # Values that are looked at together: fewer cost more in calls than in arithmetic, more leave the processor's cache
 # (2 MB in float64; measured: four times as long per value from 8 MB on).
@@ -180,18 +183,15 @@ def z_score(statistic: Statistic) -> Statistic:
     return Statistic(scores, (statistic.influence - shift - scores * stretch) / spread)
 
 
-def score_layers(
-    model: StreamedModel, sequences: Sequence[TokenizedExample], settings: Settings, journal: Path
-) -> list[LayerScore]:
-    """Score every layer from its hidden states.
+def score_units(run: Run, settings: Settings) -> list[UnitScore]:
+    """Score every block from its hidden states in one pass.
 
-    Args:
-        model: the full-precision model.
-        sequences: tokenized prompts; the first `max_examples` are used.
-        settings: see `Settings`.
-        journal: not used: a pass has nothing to resume that is cheaper than a new pass.
+    Raises:
+        ValueError: the head is to be scored, which has no hidden states of its own.
     """
-    sequences = sequences[: settings.max_examples]
+    if HEAD in run.units:
+        raise ValueError("scorer taq looks at hidden states of blocks and cannot score lm_head; leave --head out")
+    model, sequences = run.model, run.sequences
     batches = make_batches(sequences, settings.batch_size, settings.max_tokens)
     groups = _groups(batches, model.config.hidden_size, settings)
     hidden = model.embed(batches)
@@ -201,8 +201,7 @@ def score_layers(
         variances.append(_statistics(groups, hidden, len(sequences), settings)[1])
     for layer in track(range(model.layers), "taq: information and stability", model.layers):
         with model.block(layer) as block:
-            for i, states in enumerate(hidden):
-                hidden[i] = model.run(layer, block, states)
+            hidden.replace(lambda states, layer=layer, block=block: model.run(layer, block, states))
         entropy, variance = _statistics(groups, hidden, len(sequences), settings)
         entropies.append(entropy)
         variances.append(variance)
@@ -225,14 +224,14 @@ def score_layers(
         "z_stability": z_stability,
     }
     return [
-        LayerScore(
-            layer=layer,
+        UnitScore(
+            unit=unit,
             score=relevance.value[layer].item(),
             stderr=relevance.stderr[layer].item(),
             details={name: column.value[layer].item() for name, column in columns.items()}
             | {f"{name}_stderr": column.stderr[layer].item() for name, column in columns.items()},
         )
-        for layer in range(model.layers)
+        for layer, unit in enumerate(run.units)
     ]
 
 
@@ -241,13 +240,13 @@ class _Group:
     """Neighbouring batches that are looked at together, and the reservoir's draw among their tokens.
 
     Attributes:
-        batches: which ones.
+        batches: their places.
         places: [n] int64, the real tokens' places in the batches' [B * T] vectors below each other.
         owners: [n] int64, the example of each.
         drawn: [m] int64, those of the n tokens that are in the reservoir.
     """
 
-    batches: slice
+    batches: range
     places: Tensor
     owners: Tensor
     drawn: Tensor
@@ -256,7 +255,7 @@ class _Group:
 def _groups(batches: Sequence[Batch], dimension: int, settings: Settings) -> list[_Group]:
     """Which tokens are looked at: the same for every layer, so the reservoir is drawn once."""
     reservoir = Reservoir(settings.reservoir, settings.seed)
-    parts: list[tuple[slice, Tensor, Tensor]] = []
+    parts: list[tuple[range, Tensor, Tensor]] = []
     starts = [0]
     first = 0
     while first < len(batches):
@@ -268,7 +267,7 @@ def _groups(batches: Sequence[Batch], dimension: int, settings: Settings) -> lis
         places = torch.cat([batch.is_token.flatten() for batch in chosen]).nonzero()[:, 0]
         owners = torch.cat([batch.examples.repeat_interleave(batch.lengths) for batch in chosen])
         reservoir.update(torch.arange(starts[-1], starts[-1] + len(places))[:, None], owners)
-        parts.append((slice(first, last), places, owners))
+        parts.append((range(first, last), places, owners))
         starts.append(starts[-1] + len(places))
         first = last
     numbers = reservoir.sample()[0][:, 0].sort().values
@@ -279,13 +278,13 @@ def _groups(batches: Sequence[Batch], dimension: int, settings: Settings) -> lis
 
 
 def _statistics(
-    groups: Sequence[_Group], hidden: Sequence[Tensor], examples: int, settings: Settings
+    groups: Sequence[_Group], hidden: HiddenStates, examples: int, settings: Settings
 ) -> tuple[Statistic, Statistic]:
     """Entropy and variance of the hidden states [B, T, d] of all batches, padding left out."""
     moments = Moments(examples)
     sampled = []
     for group in groups:
-        states = [states.flatten(0, 1) for states in hidden[group.batches]]
+        states = [states.flatten(0, 1) for states in (hidden[batch] for batch in group.batches)]
         below_each_other = states[0] if len(states) == 1 else torch.cat(states)
         tokens = below_each_other.index_select(0, group.places.to(below_each_other.device)).float().cpu()
         moments.update(tokens, group.owners)

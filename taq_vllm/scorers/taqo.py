@@ -21,14 +21,18 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from taq_vllm.hidden_states import HiddenStates
 from taq_vllm.plan import GROUP_SIZE, write_atomically
 from taq_vllm.progress import steps
 from taq_vllm.quantizer import quantize
-from taq_vllm.scores import LayerScore
+from taq_vllm.scores import UnitScore
+from taq_vllm.scoring import Run
 from taq_vllm.stream import Batch, StreamedModel, make_batches, matrices_of, replace_weight
-from taq_vllm.tasks import TokenizedExample
+from taq_vllm.units import layer_of
 
-WITH_COMPLETION = True
+READS = "answers"
+GRANULARITIES = ("layer",)
+COST_UNIT = "nats per answer token"
 
 _LOGIT_ROWS = 2048  # predicted tokens per chunk: 2048 x 128k logits in float32 are 1 GB
 _DISTINGUISHABLE = 1.96  # standard errors; two-sided 95%
@@ -60,18 +64,9 @@ class Answers:
     nll: Tensor
 
 
-def score_layers(
-    model: StreamedModel, sequences: Sequence[TokenizedExample], settings: Settings, journal: Path
-) -> list[LayerScore]:
-    """Score every layer by the drop that it alone causes.
-
-    Args:
-        model: the full-precision model.
-        sequences: tokenized prompts with completions; the first `max_examples` are used.
-        settings: see `Settings`.
-        journal: JSON lines, one finished layer each; layers found in it are not run again.
-    """
-    sequences = sequences[: settings.max_examples]
+def score_units(run: Run, settings: Settings) -> list[UnitScore]:
+    """Score every unit by the drop that it alone causes."""
+    model, sequences, journal = run.model, run.sequences, run.journal
     batches = make_batches(sequences, settings.batch_size)
     done = _read_journal(journal)
     waiting = [layer for layer in range(model.layers) if layer not in done]
@@ -80,28 +75,28 @@ def score_layers(
     with steps("taqo: one layer at a time", runs) as progress:
         for layer in range(model.layers):
             with model.block(layer) as block:
-                after = [model.run(layer, block, states) for states in hidden]
+                after = hidden.map(lambda states, layer=layer, block=block: model.run(layer, block, states))
                 progress.advance(len(batches))
                 if layer in waiting:
                     for matrix in matrices_of(block).values():
                         if matrix.in_features % GROUP_SIZE == 0:
                             stored = matrix.weight.to(model.dtype)
                             replace_weight(matrix, quantize(stored, settings.bits, settings.symmetric).dequantize())
-                    perturbed = [model.run(layer, block, states) for states in hidden]
+                    perturbed = hidden.map(lambda states, layer=layer, block=block: model.run(layer, block, states))
                     progress.advance(len(batches))
             if layer in waiting:
                 for later in range(layer + 1, model.layers):
                     with model.block(later) as block:
-                        perturbed = [model.run(later, block, states) for states in perturbed]
+                        perturbed.replace(lambda states, later=later, block=block: model.run(later, block, states))
                     progress.advance(len(batches))
                 done[layer] = read_answers(model, batches, perturbed, len(sequences))
                 _append(journal, layer, done[layer])
             hidden = after
     full = read_answers(model, batches, hidden, len(sequences))
-    return [_layer_score(layer, full, done[layer], settings.gamma) for layer in range(model.layers)]
+    return [_unit_score(unit, full, done[layer_of(unit)], settings) for unit in run.units]
 
 
-def read_answers(model: StreamedModel, batches: Sequence[Batch], hidden: Sequence[Tensor], examples: int) -> Answers:
+def read_answers(model: StreamedModel, batches: Sequence[Batch], hidden: HiddenStates, examples: int) -> Answers:
     """Exact match and NLL of the completions from the last block's hidden states.
 
     Args:
@@ -130,17 +125,19 @@ def read_answers(model: StreamedModel, batches: Sequence[Batch], hidden: Sequenc
     return Answers(exact=(wrong == 0).double(), nll=nll / tokens)
 
 
-def _layer_score(layer: int, full: Answers, perturbed: Answers, gamma: float) -> LayerScore:
+def _unit_score(unit: str, full: Answers, perturbed: Answers, settings: Settings) -> UnitScore:
     drop, drop_stderr = _mean_and_stderr(full.exact - perturbed.exact)
     increase, increase_stderr = _mean_and_stderr(perturbed.nll - full.nll)
-    return LayerScore(
-        layer=layer,
+    return UnitScore(
+        unit=unit,
         score=drop,
         stderr=drop_stderr,
         from_zero=abs(drop) > _DISTINGUISHABLE * drop_stderr,
         tiebreak=increase,
+        costs={settings.bits: increase},
+        cost_stderrs={settings.bits: increase_stderr},
         details={
-            "critical": drop >= gamma,
+            "critical": drop >= settings.gamma,
             "nll_increase": increase,
             "nll_increase_stderr": increase_stderr,
             "nll_from_zero": abs(increase) > _DISTINGUISHABLE * increase_stderr,

@@ -1,0 +1,66 @@
+"""`taq quantize` and `taq verify`: write a specialised checkpoint, and check one."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from taq_vllm.cli.options import (
+    Device,
+    Examples,
+    Inputs,
+    Json,
+    MethodOption,
+    Model,
+    calibration_of,
+    out,
+    print_json,
+    print_plan,
+    sizes,
+    summary,
+)
+from taq_vllm.model_files import ModelFiles
+from taq_vllm.plan import Plan
+
+
+def quantize(
+    model: Model,
+    plan_file: Annotated[Path, typer.Option("--plan", help="Plan file made by `taq plan`.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new checkpoint's folder.")],
+    task: Annotated[Path | None, typer.Option(help="Task whose inputs clip fits.")] = None,
+    method: MethodOption = "clip",
+    examples: Examples = 128,
+    inputs: Inputs = "quantized",
+    device: Device = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes and average bits; touch no weights.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the specialised checkpoint."""
+    files = ModelFiles(model)
+    loaded = Plan.load(plan_file)
+    if dry_run:
+        files.check_plannable()
+        loaded.check_fits(files.ref, files.matrices, files.head, where=str(plan_file))
+        print_json(sizes(loaded)) if as_json else print_plan(loaded, files)
+        return
+    from taq_vllm.checkpoint import quantize_model
+    from taq_vllm.tasks import load_task
+
+    calibration = calibration_of(method, examples, inputs)
+    fresh = quantize_model(files, loaded, output, calibration, load_task(task) if task else None, device)
+    if as_json:
+        print_json({"output": str(output), "done_before": not fresh, **sizes(loaded)})
+        return
+    out.print(f"{output} {'written' if fresh else 'was finished already; nothing was run'}: {summary(loaded)}")
+    out.print(f"serve it: vllm serve {output} --quantization taq")
+
+
+def verify(checkpoint: Annotated[Path, typer.Argument(help="A folder written by taq.")], as_json: Json = False) -> None:
+    """Check a checkpoint: every file's sha256, and plan, config and tensors against each other."""
+    from taq_vllm.checkpoint import verify as run
+
+    result = run(checkpoint)
+    if as_json:
+        print_json({"files": result.files, "bytes": result.bytes, **sizes(result.plan)})
+        return
+    out.print(f"{checkpoint} is whole: {result.files} files, {result.bytes / 1e6:.2f} MB; {summary(result.plan)}")

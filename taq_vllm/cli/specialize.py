@@ -1,0 +1,67 @@
+"""`taq specialize`: the whole way with one call."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from taq_vllm.allocate import Request
+from taq_vllm.cli.options import (
+    AllocationOption,
+    BudgetOption,
+    Device,
+    EdgeBits,
+    Edges,
+    Examples,
+    Inputs,
+    Json,
+    MethodOption,
+    Model,
+    Pin,
+    ScorerOption,
+    Setting,
+    TaskOption,
+    calibration_of,
+    out,
+    print_json,
+    print_plan,
+    print_scores,
+    settings_of,
+    sizes,
+)
+from taq_vllm.model_files import ModelFiles
+
+
+def specialize(
+    model: Model,
+    task: TaskOption,
+    budget: BudgetOption,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new checkpoint's folder.")],
+    scorer: ScorerOption = "taq",
+    setting: Setting = None,
+    allocation: AllocationOption = "monotone",
+    edges: Edges = 0,
+    edge_bits: EdgeBits = 16,
+    pin: Pin = None,
+    method: MethodOption = "clip",
+    examples: Examples = 128,
+    inputs: Inputs = "quantized",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Score, plan, quantize and verify in one go; scores and plan are kept in OUTPUT.work."""
+    from taq_vllm.specialize import specialize as run
+    from taq_vllm.tasks import load_task
+
+    files = ModelFiles(model)
+    request = Request(budget, allocation, edges, edge_bits, tuple(pin or ()))
+    calibration = calibration_of(method, examples, inputs)
+    done = run(files, load_task(task), output, request, calibration, scorer, settings_of(setting), device)
+    if as_json:
+        record = {"output": str(output), "scored": done.scored_now, "quantized": done.quantized_now}
+        print_json(record | sizes(done.plan))
+        return
+    print_scores(done.scores)
+    print_plan(done.plan, files)
+    out.print(f"{output} {'written and verified' if done.quantized_now else 'was finished already; verified again'}")
+    out.print(f"serve it: vllm serve {output} --quantization taq")

@@ -1,0 +1,235 @@
+"""Runs a scorer on a model and a task, and writes what it found to `scores.json`; finished work is not repeated."""
+
+import hashlib
+import importlib
+import json
+import os
+import pkgutil
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import ValidationError
+
+from taq_vllm import scorers
+from taq_vllm.model_files import ModelFiles
+from taq_vllm.plan import ScorerRef, TaskRef
+from taq_vllm.scores import Scores
+from taq_vllm.stream import StreamedModel
+from taq_vllm.tasks import Task, TokenizedExample, tokenize
+from taq_vllm.units import Granularity, units_of
+
+SCORERS = tuple(sorted(found.name.replace("_", "-") for found in pkgutil.iter_modules(scorers.__path__)))
+"""Names; a scorer's module is imported when it is used."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a scorer works on.
+
+    Attributes:
+        files: the full-precision model.
+        device: where blocks run.
+        model: the same as a walk over its blocks; None for scorers that read no examples.
+        task: whose examples are scored; None for scorers that read no examples.
+        sequences: the examples as tokens, with completions where the scorer reads answers.
+        granularity: of `units`.
+        units: the matrices of every unit to score, by the unit's name, in the model's order; the last may be the head.
+        journal: a file for finished work, which the same command finds again; removed when the scores are written.
+    """
+
+    files: ModelFiles
+    device: str
+    model: StreamedModel | None
+    task: Task | None
+    sequences: list[TokenizedExample]
+    granularity: Granularity
+    units: Mapping[str, tuple[str, ...]]
+    journal: Path
+
+
+def score(
+    files: ModelFiles,
+    task: Task | None,
+    scorer: str,
+    output: Path,
+    settings: dict[str, Any] | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    granularity: Granularity = "layer",
+    head: bool = False,
+) -> tuple[Scores, bool]:
+    """Score every unit of a model for a task and write `scores.json`.
+
+    Args:
+        files: the full-precision model.
+        task: its calibration examples are read; not needed by scorers that read none.
+        scorer: one of `SCORERS`.
+        output: where the scores go; a journal lies beside them until they are whole.
+        settings: overrides of the scorer's own settings.
+        device: where blocks run.
+        force: replace scores of another request that are at `output`.
+        granularity: what is scored (`units.py`).
+        head: score `lm_head` as well.
+
+    Returns:
+        The scores, and whether they were made now (False: they were there already).
+
+    Raises:
+        ValueError: no such scorer or setting, one that cannot do what is asked, or examples that do not fit the model.
+    """
+    module = _module(scorer)
+    chosen = _settings_of(module, scorer, settings or {})
+    if granularity not in module.GRANULARITIES:
+        raise ValueError(
+            f"scorer {scorer} scores {', '.join(module.GRANULARITIES)}, got granularity {granularity!r}; "
+            "plans of any granularity can be made from its scores"
+        )
+    files.check_plannable()
+    recorded = chosen.model_dump(mode="json")
+    task_ref, examples = None, 0
+    if module.READS == "weights":
+        task = None
+    else:
+        task_ref, examples = _examples(task, scorer, module.READS, getattr(chosen, "max_examples", None))
+    request = {
+        "fingerprint": files.ref.fingerprint,
+        "task": task_ref and task_ref.model_dump(),
+        "scorer": scorer,
+        "settings": recorded,
+        "granularity": granularity,
+        "head": head,
+    }
+    if output.is_file():
+        previous = Scores.load(output)
+        if _request_of(previous) == request:
+            return previous, False
+        if not force:
+            name = previous.task.name if previous.task else "no task"
+            raise ValueError(
+                f"{output} holds other scores ({previous.scorer.name} on {name}, {previous.model.id}): choose another "
+                "output, or replace them with --force"
+            )
+
+    started = time.monotonic()
+    model = None if task is None else StreamedModel(files, device)
+    sequences = [] if task is None else calibration_sequences(model, task, examples, module.READS == "answers")
+    # What was computed elsewhere differs in its last bits, and is not continued here.
+    computed = [model.device.type, str(model.compute_dtype)] if model else []
+    key = hashlib.sha256(json.dumps([request, computed], sort_keys=True).encode()).hexdigest()[:12]
+    journal = output.with_name(f"{output.name}.{key}.journal")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    units = units_of([*files.matrices, *(files.head if head else ())], granularity)
+    run = Run(files, device, model, task, sequences, granularity, units, journal)
+    scores = Scores(
+        model=files.ref,
+        task=task_ref,
+        scorer=ScorerRef(name=scorer, settings=recorded),
+        granularity=granularity,
+        cost_unit=module.COST_UNIT,
+        units=tuple(module.score_units(run, chosen)),
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+    scores.save(output)
+    journal.unlink(missing_ok=True)
+    return scores, True
+
+
+def baseline(
+    files: ModelFiles,
+    scorer: str,
+    settings: dict[str, Any] | None = None,
+    granularity: Granularity = "layer",
+    head: bool = False,
+) -> Scores:
+    """Scores by a scorer that reads no examples; nothing is written.
+
+    Raises:
+        ValueError: no such scorer or setting, or a scorer that reads examples.
+    """
+    module = _module(scorer)
+    chosen = _settings_of(module, scorer, settings or {})
+    if module.READS != "weights":
+        raise ValueError(f"scorer {scorer} reads a task's {module.READS}; use `score`")
+    started = time.monotonic()
+    units = units_of([*files.matrices, *(files.head if head else ())], granularity)
+    run = Run(files, "cpu", None, None, [], granularity, units, Path(os.devnull))
+    return Scores(
+        model=files.ref,
+        task=None,
+        scorer=ScorerRef(name=scorer, settings=chosen.model_dump(mode="json")),
+        granularity=granularity,
+        cost_unit=module.COST_UNIT,
+        units=tuple(module.score_units(run, chosen)),
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def calibration_sequences(
+    model: StreamedModel, task: Task, count: int, with_completion: bool
+) -> list[TokenizedExample]:
+    """The first `count` calibration examples as tokens, with the model's own tokenizer.
+
+    Raises:
+        ValueError: the tokenizer cannot be loaded, or an example is longer than the model's context.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.files.path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no tokenizer in {model.files.path} ({reason}): add its tokenizer files") from error
+    limit = model.config.max_position_embeddings
+    return tokenize(task.calibration[:count], tokenizer, task, with_completion=with_completion, max_length=limit)
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _module(scorer: str) -> ModuleType:
+    if scorer not in SCORERS:
+        raise ValueError(f"got scorer {scorer!r}; there are {', '.join(SCORERS)}")
+    return importlib.import_module(f"{scorers.__name__}.{scorer.replace('-', '_')}")
+
+
+def _settings_of(module: ModuleType, scorer: str, settings: dict[str, Any]) -> Any:
+    try:
+        return module.Settings(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "settings"
+        allowed = ", ".join(module.Settings.model_fields) or "none"
+        raise ValueError(f"scorer {scorer}, {where}: {first['msg']}; its settings are {allowed}") from error
+
+
+def _examples(task: Task | None, scorer: str, reads: str, most: int | None) -> tuple[TaskRef, int]:
+    """Which examples are read."""
+    if task is None:
+        raise ValueError(f"scorer {scorer} reads a task's {reads}: give --task")
+    count = len(task.calibration[:most])
+    if count < 2:
+        raise ValueError(f"{task.path} has {count} calibration examples; a scorer needs at least 2")
+    return TaskRef(name=task.name, data_sha256=task.calibration_sha256, examples=count), count
+
+
+def _request_of(scores: Scores) -> dict[str, Any]:
+    """What these scores are the answer to."""
+    return {
+        "fingerprint": scores.model.fingerprint,
+        "task": scores.task and scores.task.model_dump(),
+        "scorer": scores.scorer.name,
+        "settings": scores.scorer.settings,
+        "granularity": scores.granularity,
+        "head": any(entry.unit == "lm_head" for entry in scores.units),
+    }
