@@ -43,7 +43,7 @@ def gather(values: Tensor) -> Tensor:
     Args:
         values: [local examples, ...], on any device.
     """
-    rank, size = world()
+    _, size = world()
     if size == 1:
         return values
     counts = [torch.zeros(1, dtype=torch.long, device=values.device) for _ in range(size)]
