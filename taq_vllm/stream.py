@@ -127,9 +127,13 @@ class StreamedModel:
         with self._loaded(self._decoder.layers[layer], f"model.layers.{layer}.") as block:
             yield block
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, layer: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """One block on one batch: [B, T, d] to [B, T, d]."""
+        return self.run_with_gradient(layer, block, hidden)
+
+    def run_with_gradient(self, layer: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """`run`, recorded for a backward pass where `hidden` or the block's weights ask for a gradient."""
         sliding = getattr(self.config, "sliding_window", None) is not None
         if layer_types := getattr(self.config, "layer_types", None):
             sliding = layer_types[layer] == "sliding_attention"
