@@ -1,8 +1,8 @@
 """`TaqConfig`: which weight matrix is served at which bits, from a checkpoint or from a plan.
 
-Extends vLLM's compressed-tensors configuration and answers only for what is ours: linear layers whose matrices hold
-integer codes of 4 or 8 bits in groups of 128 (weight-only, "pack-quantized"), in any mix, also with 16-bit matrices
-inside a fused layer. Everything else goes to the parent. Three ways in:
+Extends vLLM's compressed-tensors configuration and answers only for what is ours: linear layers and the head, where
+matrices hold integer codes of 4 or 8 bits in groups of 128 (weight-only, "pack-quantized"), in any mix, also with
+16-bit matrices inside a fused layer. Everything else goes to the parent. Three ways in:
 
 - a checkpoint of `taq quantize`: `quantization_config` has a `taq` key and `taq_plan.json` lies beside the weights;
 - a 16-bit checkpoint and a plan: weights are rounded to nearest while loading;
@@ -30,11 +30,15 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.utils.config_utils import is_equal_or_regex_match
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.transformers_utils.config import get_safetensors_params_metadata
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import GROUP_SIZE, PLAN_FILE, MatrixPlan, Plan
+from taq_vllm.plugin.head import CheckedUnquantizedHeadMethod, TaqHeadMethod, tied_head_error
 from taq_vllm.plugin.linear import SHARDED_LAYERS, CheckedUnquantizedMethod, MatrixSpec, TaqLinearMethod
+from taq_vllm.units import HEAD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -83,6 +87,7 @@ class TaqConfig(CompressedTensorsConfig):
         self._planned: dict[str, tuple[str, MatrixPlan]] = {}
         """By vLLM's name: Hugging Face's name and what the plan says."""
         self._named_plan: str | None = None
+        self._stores_packed_head = False
         self._claimed: set[str] = set()
         self._open_layers = 0
         self._matrices: Counter[int] = Counter()
@@ -150,6 +155,9 @@ class TaqConfig(CompressedTensorsConfig):
                 "A plan is made with `taq score` and `taq plan`."
             )
         _check_fits(plan, where, model_name, revision)
+        head = plan.matrices.get(HEAD)
+        if head is not None and head.tied and head.bits < 16:
+            raise ValueError(f"{where}: {tied_head_error(HEAD, head.bits)}")
         return plan
 
     def _plan_of_checkpoint(self, model_name: str, named: str | None, revision: str | None) -> Plan | None:
@@ -161,6 +169,9 @@ class TaqConfig(CompressedTensorsConfig):
         summary = self.config.get("taq")
         plan = _plan_beside(model_name, revision)
         if summary is None:
+            if "Linear" in self.target_scheme_map:
+                names = get_safetensors_params_metadata(model_name, revision=revision)
+                self._stores_packed_head = any(name.endswith(f"{HEAD}.weight_packed") for name in names)
             return plan
         if plan is None:
             raise ValueError(
@@ -190,17 +201,19 @@ class TaqConfig(CompressedTensorsConfig):
         Raises:
             ValueError: plan, checkpoint and layer do not agree.
         """
-        if isinstance(layer, LinearBase):
+        if isinstance(layer, LinearBase | ParallelLMHead):
             specs = self._specs(layer, prefix)
             if specs is not None:
                 quantized = any(spec.bits < 16 for spec in specs)
                 planned = [spec.name for spec in specs if spec.shape is not None]
                 self._claimed.update(planned)
                 self._open_layers += bool(quantized or planned)
+                if isinstance(layer, ParallelLMHead):
+                    return (TaqHeadMethod if quantized else CheckedUnquantizedHeadMethod)(self, specs)
                 return (TaqLinearMethod if quantized else CheckedUnquantizedMethod)(self, specs)
         return super().get_quant_method(layer, prefix)
 
-    def _specs(self, layer: LinearBase, prefix: str) -> list[MatrixSpec] | None:
+    def _specs(self, layer: LinearBase | ParallelLMHead, prefix: str) -> list[MatrixSpec] | None:
         """What each matrix of the layer is, in the order of the layer's shards; None if the parent answers."""
         fused = prefix.rpartition(".")[2]
         parts = self.packed_modules_mapping.get(fused, [fused])
@@ -244,7 +257,7 @@ class TaqConfig(CompressedTensorsConfig):
             )
         return MatrixSpec(name, 16, True, None, stored=False)
 
-    def _stored_spec(self, layer: LinearBase, prefix: str, name: str) -> MatrixSpec | None:
+    def _stored_spec(self, layer: LinearBase | ParallelLMHead, prefix: str, name: str) -> MatrixSpec | None:
         """What `config_groups` and `ignore` say of a matrix; None if it is a scheme of the parent's."""
         original = self._planned[name][0] if name in self._planned else name
         is_ignored = any(entry == prefix or is_equal_or_regex_match(name, entry) for entry in self.ignore)
@@ -265,7 +278,7 @@ class TaqConfig(CompressedTensorsConfig):
         )
         return MatrixSpec(original, weights.num_bits, weights.symmetric, None, stored=True) if ours else None
 
-    def _scheme_of(self, layer: LinearBase, prefix: str, name: str) -> dict[str, Any] | None:
+    def _scheme_of(self, layer: LinearBase | ParallelLMHead, prefix: str, name: str) -> dict[str, Any] | None:
         """The scheme of the most specific target, ranked as in compressed-tensors: name, expression, class.
 
         Expressions were written for the names on disk: `.*v_proj` is not meant for `qkv_proj`, so the fused layer's
@@ -276,6 +289,8 @@ class TaqConfig(CompressedTensorsConfig):
         expressions = sorted(target for target in schemes if target.startswith("re:"))
         # As in the parent, a target such as "Linear" stands for every layer with that in its class's name.
         kind = type(layer).__name__.lower()
+        if isinstance(layer, ParallelLMHead) and self._stores_packed_head:
+            kind = "linear"  # to the tool that wrote it; a 16-bit head that `ignore` forgets is not meant by "Linear"
         ranked = [
             name,
             *(target for target in expressions if is_equal_or_regex_match(name, target)),
@@ -305,8 +320,10 @@ class TaqConfig(CompressedTensorsConfig):
         """
         unclaimed = [name for name, _ in self._planned.values() if name not in self._claimed]
         if get_pp_group().world_size > 1:
-            # Blocks without any claimed matrix are on other ranks.
+            # Blocks without any claimed matrix are on other ranks; the head, outside of blocks, is on the last.
             here = {_block(name) for name in self._claimed}
+            if get_pp_group().is_last_rank:
+                here.add("")
             unclaimed = [name for name in unclaimed if _block(name) in here]
         if unclaimed:
             raise ValueError(

@@ -6,7 +6,8 @@ this rank's part, and packs it on its device the moment its last tensor arrives.
 held at a time. A GPU computes a layer in one launch, 16-bit matrices included; a CPU leaves those to vLLM's own method.
 
 Row-parallel layers may cut a group of 128 input features in two. The parts get the same scale as smaller groups of 64
-or 32, so that the weights are the same for every number of ranks.
+or 32, so that the weights are the same for every number of ranks. The head is a layer like the others (`head` has what
+differs): vLLM pads its vocabulary to whole multiples of 64 rows a rank, and padded rows are zero.
 """
 
 import math
@@ -31,6 +32,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from taq_vllm.plan import GROUP_SIZE
@@ -41,7 +43,14 @@ if TYPE_CHECKING:
 
 # Subclasses of these cut their weights in ways of their own.
 SHARDED_LAYERS = frozenset(
-    {ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear}
+    {
+        ColumnParallelLinear,
+        MergedColumnParallelLinear,
+        ParallelLMHead,
+        QKVParallelLinear,
+        ReplicatedLinear,
+        RowParallelLinear,
+    }
 )
 
 _PACKED_TENSORS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
@@ -90,6 +99,7 @@ class Matrix:
         shape: (N, K) of the matrix in the checkpoint.
         rows: this rank's rows; several ranges where the checkpoint has a fused layer as one matrix.
         columns: this rank's columns.
+        padding: zero rows below them, which only the head has.
         tensors: what has arrived and is not packed yet.
         shard: what has been packed.
     """
@@ -99,13 +109,14 @@ class Matrix:
     shape: tuple[int, int]
     rows: tuple[slice, ...]
     columns: slice
+    padding: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
     shard: "Shard | None" = None
 
     @property
     def local_rows(self) -> int:
-        """Rows on this rank."""
-        return sum(part.stop - part.start for part in self.rows)
+        """Rows on this rank, padding included."""
+        return sum(part.stop - part.start for part in self.rows) + self.padding
 
     @property
     def local_columns(self) -> int:
@@ -217,7 +228,7 @@ class Matrix:
     def _pack(self, device: torch.device, dtype: torch.dtype) -> "Shard":
         bits = self.spec.bits
         if bits == 16:
-            weight = self._take_rows(self.tensors["weight"])[:, self.columns]
+            weight = self._pad(self._take_rows(self.tensors["weight"]))[:, self.columns]
             return self._keep_dense(weight.to(device, dtype, copy=True).contiguous())
         if self.spec.stored:
             # Eight 4-bit or four 8-bit codes a word; a rank's columns begin and end on multiples of 32.
@@ -239,11 +250,19 @@ class Matrix:
         starts = torch.arange(self.columns.start, self.columns.stop, self.group_size) // GROUP_SIZE
         scale = scale.to(device)[:, starts]
         zero_point = None if zero_point is None else zero_point.to(device)[:, starts]
+        # A scale of zero makes a row of zeros, whatever its codes are.
+        codes, scale = self._pad(codes), self._pad(scale)
+        zero_point = None if zero_point is None else self._pad(zero_point)
         return ops.pack(codes, scale, zero_point, bits, self.group_size)
 
     def _take_rows(self, tensor: Tensor) -> Tensor:
         parts = [tensor[part] for part in self.rows]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _pad(self, tensor: Tensor) -> Tensor:
+        if not self.padding:
+            return tensor
+        return torch.cat([tensor, tensor.new_zeros(self.padding, *tensor.shape[1:])])
 
 
 @dataclass(frozen=True)
@@ -262,7 +281,7 @@ Shard = DenseShard | PackedShard
 
 
 def matrices_of(
-    layer: LinearBase,
+    layer: LinearBase | ParallelLMHead,
     specs: Sequence[MatrixSpec],
     output_partition_sizes: Sequence[int],
     input_size: int,
@@ -290,7 +309,8 @@ def matrices_of(
         for _, total, first, count in shards:
             rows.append(slice(offset + first, offset + first + count))
             offset += total
-        matrices = [Matrix(specs[0], None, (offset, input_size), tuple(rows), columns)]
+        padding = sum(output_partition_sizes) - sum(count for _, _, _, count in shards)
+        matrices = [Matrix(specs[0], None, (offset, input_size), tuple(rows), columns, padding)]
     elif len(specs) == len(shards):
         matrices = [
             Matrix(spec, shard_id, (total, input_size), (slice(first, first + count),), columns)
@@ -306,9 +326,14 @@ def matrices_of(
     return matrices
 
 
-def _shards(layer: LinearBase, output_partition_sizes: Sequence[int]) -> list[tuple[str | int | None, int, int, int]]:
+def _shards(
+    layer: LinearBase | ParallelLMHead, output_partition_sizes: Sequence[int]
+) -> list[tuple[str | int | None, int, int, int]]:
     """(shard id, rows on all ranks, first row and number of rows on this rank) of each part of a layer."""
     sizes = output_partition_sizes
+    if isinstance(layer, ParallelLMHead):
+        start, end = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
+        return [(None, layer.org_vocab_size, start, end - start)]
     if isinstance(layer, QKVParallelLinear):
         kv_rank = layer.tp_rank // layer.num_kv_head_replicas
         totals = (
@@ -330,7 +355,7 @@ def _shards(layer: LinearBase, output_partition_sizes: Sequence[int]) -> list[tu
     return [(None, layer.output_size, rank * sizes[0], sizes[0])]
 
 
-def _check_shape(matrix: Matrix, layer: LinearBase) -> None:
+def _check_shape(matrix: Matrix, layer: LinearBase | ParallelLMHead) -> None:
     spec, (_, columns) = matrix.spec, matrix.shape
     if spec.shape is not None and tuple(spec.shape) != matrix.shape:
         raise ValueError(
@@ -359,6 +384,9 @@ def _check_shape(matrix: Matrix, layer: LinearBase) -> None:
 
 class TaqLinearMethod(LinearMethodBase):
     """A layer in which at least one matrix is quantized."""
+
+    # LoRA looks for `weight_packed` to learn the layer's device; the other names have served once all is loaded.
+    kept_names: tuple[str, ...] = ("weight_packed",)
 
     def __init__(self, config: "TaqConfig", specs: list[MatrixSpec]) -> None:
         self.config = config
@@ -411,14 +439,13 @@ class TaqLinearMethod(LinearMethodBase):
             matrix.check_complete()
         shards = [matrix.shard for matrix in self.matrices]
         self.matrices = []
-        bias = None if layer.skip_bias_add else layer.bias
+        bias = None if getattr(layer, "skip_bias_add", False) else layer.bias  # the head cannot skip it
         layer.taq_runs = nn.ModuleList(
             DenseRun(list(run), self.dense_method) if is_dense else PackedRun(list(run), self.params_dtype, bias)
             for is_dense, run in groupby(shards, key=lambda shard: isinstance(shard, DenseShard))
         )
-        # LoRA looks for `weight_packed` to learn the layer's device; the other names have served.
         for kind in ("weight", *_PACKED_TENSORS):
-            if kind != "weight_packed":
+            if kind not in self.kept_names:
                 delattr(layer, kind)
         resident_bytes = sum(run.resident_bytes for run in layer.taq_runs)
         self.config.layer_loaded(self.specs, resident_bytes, device)
@@ -487,9 +514,10 @@ class DenseRun(nn.Module):
         return self.method.apply(self, x, bias)
 
 
-@register_weight_loader_v2_supported_method
-class CheckedUnquantizedMethod(UnquantizedLinearMethod):
-    """A layer that stays at 16 bits: vLLM's own method, with the same checks as for the others if it is planned."""
+class Checks:
+    """What is checked of a layer that stays at 16 bits, put before vLLM's own method for such a layer."""
+
+    is_embedding = False  # the head of a model whose embedding doubles as its head: nothing arrives, nothing is held
 
     def __init__(self, config: "TaqConfig", specs: list[MatrixSpec]) -> None:
         super().__init__()
@@ -564,7 +592,7 @@ class CheckedUnquantizedMethod(UnquantizedLinearMethod):
                 f"{sorted(self.missing)[0]}: the checkpoint has no weight. It is incomplete: see `taq verify`, or "
                 "write it again with `taq quantize`."
             )
-        device, resident_bytes = layer.weight.device, layer.weight.nbytes
+        device, resident_bytes = layer.weight.device, 0 if self.is_embedding else layer.weight.nbytes
         super().process_weights_after_loading(layer)
         if hasattr(layer, "weight_packed"):
             for kind in _PACKED_TENSORS:
@@ -572,8 +600,13 @@ class CheckedUnquantizedMethod(UnquantizedLinearMethod):
             self.config.layer_loaded(self.specs, resident_bytes, device)
 
 
+@register_weight_loader_v2_supported_method
+class CheckedUnquantizedMethod(Checks, UnquantizedLinearMethod):
+    """A layer that stays at 16 bits: vLLM's own method, with the same checks as for the others if it is planned."""
+
+
 def _register_routers(
-    layer: LinearBase, kinds: Sequence[str], params_dtype: torch.dtype, load: Callable[..., None]
+    layer: LinearBase | ParallelLMHead, kinds: Sequence[str], params_dtype: torch.dtype, load: Callable[..., None]
 ) -> None:
     # vLLM warns where checkpoint and parameter differ in dtype.
     dtypes = {"weight": params_dtype, "weight_scale": params_dtype, "weight_shape": torch.int64}
