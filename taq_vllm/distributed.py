@@ -9,13 +9,14 @@ here does nothing.
 """
 
 import os
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def world() -> tuple[int, int]:
@@ -25,10 +26,52 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-def start(device: str) -> None:
-    """Join the processes that `torchrun` started, if it did."""
+def device_of(name: str) -> str:
+    """The device that a name on a command line means: `cpu`, `cuda:N`, or `auto`, a GPU if there is one.
+
+    Of the processes that `torchrun` starts, each has the GPU of its number.
+
+    Raises:
+        ValueError: no such device, or none on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"got device {name!r}; there are auto, cpu, cuda and cuda:N")
+    if device.type == "cpu":
+        return "cpu"
+    number = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    if number >= torch.cuda.device_count():
+        raise ValueError(
+            f"got device {name!r} (GPU {number}), and torch finds {torch.cuda.device_count()} GPUs here: use --device "
+            "cpu, start fewer processes, or install a torch for this machine's GPU"
+        )
+    return f"cuda:{number}"
+
+
+def start(device: str) -> str:
+    """Join the processes that `torchrun` started, if it did.
+
+    Args:
+        device: as `device_of` takes it.
+
+    Returns:
+        The device of this process.
+
+    Raises:
+        ValueError: see `device_of`.
+    """
+    chosen = device_of(device)
+    if chosen != "cpu":
+        torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+        # Statistics are kept on the CPU also where blocks run on GPUs: both can be exchanged.
+        distributed.init_process_group("gloo" if chosen == "cpu" else "cpu:gloo,cuda:nccl")
+    return chosen
 
 
 def share(items: Sequence[Item]) -> list[Item]:
@@ -66,3 +109,24 @@ def total(values: Tensor) -> Tensor:
     values = values.clone()
     distributed.all_reduce(values)
     return values
+
+
+def first(function: Callable[[], Result]) -> Result:
+    """What rank 0 gets from a function that the others do not call, on every process.
+
+    Raises:
+        ValueError, OSError: what the function raised, on every process; so none waits for another that has left.
+    """
+    rank, size = world()
+    if size == 1:
+        return function()
+    answer: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            answer[0] = function()
+        except (ValueError, OSError) as error:
+            answer[1] = error
+    distributed.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]

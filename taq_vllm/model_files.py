@@ -2,22 +2,25 @@
 
 Every step starts here: sizes, names and fingerprints come from `config.json` and the headers of the safetensors
 files, without torch and without loading a weight. A file that is missing or cut short is found here, before
-anything runs. Single tensors are read on demand, memory-mapped.
+anything runs. Single tensors, or rows of one, are read on demand into memory of their own: pages of a mapped file would
+count as this process's for as long as the system likes.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from taq_vllm.plan import ModelRef, Shape
 from taq_vllm.units import HEAD, layer_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 ARCHITECTURES = (
@@ -36,6 +39,24 @@ _DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1} | {
     for bits in widths
 }
 
+_TORCH_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -47,6 +68,14 @@ class TensorInfo:
     start: int
     """First byte of the data in the file."""
     end: int
+
+    def read(self, stream: BinaryIO) -> "Tensor":
+        """The tensor, from its opened file.
+
+        Raises:
+            ValueError: the file is shorter than its header says.
+        """
+        return read_tensor(stream, self.start, self.shape, _torch_dtype(self.dtype))
 
 
 class ModelFiles:
@@ -158,16 +187,125 @@ class ModelFiles:
         Raises:
             ValueError: the model has no such tensor, or its file is damaged.
         """
-        from safetensors import SafetensorError, safe_open
+        info = self.info(name)
+        with info.file.open("rb", buffering=0) as stream:
+            return info.read(stream)
 
+    def read_rows(self, name: str, rows: Sequence[int]) -> "Tensor":
+        """Some rows of a matrix, [len(rows), K], on the CPU, in the dtype it is stored in; nothing else is read.
+
+        Raises:
+            ValueError: the model has no such tensor, no such row, or its file is damaged.
+        """
+        import torch
+
+        info = self.info(name)
+        count, *row_shape = info.shape
+        dtype = _torch_dtype(info.dtype)
+        if rows and not 0 <= min(rows) <= max(rows) < count:
+            raise ValueError(f"{name} has {count} rows, got row {max(rows)} (and {min(rows)}): tokens of another model")
+        row_bytes = math.prod(row_shape) * dtype.itemsize
+        found = torch.empty(len(rows), *row_shape, dtype=dtype)
+        content = memoryview(found.view(-1).view(torch.uint8).numpy()) if len(rows) else memoryview(b"")
+        with info.file.open("rb", buffering=0) as stream:
+            for place, row in enumerate(rows):
+                _read_into(stream, info.start + row * row_bytes, content[place * row_bytes : (place + 1) * row_bytes])
+        return found
+
+    def info(self, name: str) -> TensorInfo:
+        """Where a tensor lies.
+
+        Raises:
+            ValueError: the model has no such tensor.
+        """
         if name not in self.tensors:
             raise ValueError(f"{self.path} has no tensor {name}; restore the checkpoint from its source")
-        file = self.tensors[name].file
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                return tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{file} cannot be read ({error}): restore it from its source") from error
+        return self.tensors[name]
+
+
+def read_tensor(stream: BinaryIO, start: int, shape: Sequence[int], dtype: "torch.dtype") -> "Tensor":
+    """A tensor from the bytes of an opened, unbuffered file.
+
+    Args:
+        stream: its position does not matter.
+        start: first byte.
+        shape: of the tensor.
+        dtype: of the tensor.
+
+    Raises:
+        ValueError: the file ends before the tensor does.
+    """
+    import torch
+
+    size = math.prod(shape) * dtype.itemsize
+    content = torch.empty(size, dtype=torch.uint8)
+    _read_into(stream, start, memoryview(content.numpy()))
+    return content.view(dtype).view(tuple(shape))
+
+
+def _read_into(stream: BinaryIO, start: int, content: memoryview) -> None:
+    done = 0
+    while done < len(content):  # one call reads at most 2 GiB
+        count = os.preadv(stream.fileno(), [content[done:]], start + done)
+        if count == 0:
+            raise ValueError(f"{stream.name} is cut short: restore it from its source")
+        done += count
+
+
+def write_tensors(
+    file: Path,
+    tensors: "Mapping[str, tuple[torch.dtype, Sequence[int]]]",
+    read: "Callable[[str], Tensor]",
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    """Write a safetensors file with one tensor in memory at a time, and wait until it is on the disk.
+
+    Args:
+        file: written under this name from the start; rename it afterwards if it must appear whole.
+        tensors: dtype and shape by name, in the file's order.
+        read: gives a tensor, contiguous and on the CPU.
+        metadata: of the header.
+
+    Returns:
+        The file's sha256.
+    """
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _safetensors_dtype(dtype), "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that data begin at a multiple of 8
+    digest = hashlib.sha256()
+    with file.open("wb") as stream:
+
+        def write(content: bytes | memoryview) -> None:
+            digest.update(content)
+            stream.write(content)
+
+        write(len(text).to_bytes(8, "little"))
+        write(text)
+        for name, (dtype, shape) in tensors.items():
+            tensor = read(name)
+            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), f"{name} is not as announced"
+            if tensor.numel():
+                write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        stream.flush()
+        os.fsync(stream.fileno())
+    return digest.hexdigest()
+
+
+def _torch_dtype(name: str) -> "torch.dtype":
+    import torch
+
+    return getattr(torch, _TORCH_DTYPES[name])
+
+
+def _safetensors_dtype(dtype: "torch.dtype") -> str:
+    name = str(dtype).removeprefix("torch.")
+    return next(key for key, value in _TORCH_DTYPES.items() if value == name)
 
 
 def _local_folder(model: str, revision: str | None) -> Path:

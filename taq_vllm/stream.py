@@ -2,7 +2,8 @@
 
 Only one transformer block's weights are in memory at a time. They are read from the safetensors files into a
 skeleton of Hugging Face modules on the meta device and given back afterwards; the hidden states of the calibration
-batches are carried from block to block. A model larger than memory is walked like a small one.
+batches are carried from block to block, beyond a limit in files (`hidden_states.py`). Of the embedding only the rows
+that are looked up are read; the head stays in 16 bits. A model larger than memory is walked like a small one.
 
 Batches are padded on the right. Under causal attention no real token sees the padding, so no mask is needed and
 statistics only have to leave the padded positions out. Works for the architectures in `model_files.ARCHITECTURES`.
@@ -11,14 +12,21 @@ statistics only have to leave the padded positions out. Works for the architectu
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from taq_vllm.hidden_states import HiddenStates
+from taq_vllm.distributed import device_of
+from taq_vllm.hidden_states import HiddenStates, Storage
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.tasks import TokenizedExample
+
+HIDDEN_LIMIT_BYTES = 2 << 30
+_EMBEDDING = "model.embed_tokens.weight"
+_LOGITS_BYTES = 256 << 20  # of one call of the head: [rows, vocabulary] in float32
+_HEAD_PART_BYTES = 128 << 20  # of the head's rows that are converted at a time
 
 
 @dataclass(frozen=True)
@@ -80,19 +88,34 @@ class StreamedModel:
         compute_dtype: of weights and hidden states during the walk: `dtype`, or float32 on a CPU without bf16
             instructions, where it is three times as fast (and the weights are the same numbers).
         device: where blocks run.
+        storage: of the hidden states.
     """
 
-    def __init__(self, files: ModelFiles, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        files: ModelFiles,
+        device: str = "auto",
+        hidden_limit_bytes: float = HIDDEN_LIMIT_BYTES,
+        spill_folder: str | Path | None = None,
+    ) -> None:
         """Build the skeleton; loads no weight.
 
+        Args:
+            files: the model's folder.
+            device: as `cuda:1` or `cpu`; `auto` is a GPU if there is one.
+            hidden_limit_bytes: of hidden states in memory; the rest lies in files.
+            spill_folder: on whose disk these files are; the system's folder for temporary files if not given.
+
         Raises:
-            ValueError: an architecture that is not supported, or a checkpoint that is already quantized.
+            ValueError: an architecture that is not supported, a checkpoint that is already quantized, or no such
+                device.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
         files.check_plannable()
         self.files = files
-        self.device = torch.device(device)
+        self.device = torch.device(device_of(device))
+        self.storage = Storage(hidden_limit_bytes, spill_folder)
         self.config = AutoConfig.from_pretrained(files.path)
         self.dtype = self.config.dtype if self.config.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
         self.compute_dtype = _compute_dtype(self.device, self.dtype)
@@ -112,10 +135,29 @@ class StreamedModel:
 
     @torch.inference_mode()
     def embed(self, batches: Sequence[Batch]) -> HiddenStates:
-        """Hidden states entering the first block."""
-        # The one tensor that can be larger than blocks: kept in 16 bits, only what is looked up is converted.
-        with self._loaded(self._decoder.embed_tokens, "model.embed_tokens.", self.dtype) as embedding:
-            return HiddenStates(embedding(batch.input_ids.to(self.device)).to(self.compute_dtype) for batch in batches)
+        """Hidden states entering the first block.
+
+        Raises:
+            ValueError: the embedding is missing, has another shape, or holds numbers that are not finite.
+        """
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        self._check_shape(_EMBEDDING, self.files.info(_EMBEDDING).shape, shape)
+        return HiddenStates((self._look_up(batch.input_ids) for batch in batches), self.storage)
+
+    def _look_up(self, input_ids: Tensor) -> Tensor:
+        tokens, places = input_ids.unique(return_inverse=True)
+        # The dtype of the checkpoint comes first: stored float32 weights are rounded as everywhere else.
+        rows = self.files.read_rows(_EMBEDDING, tokens.tolist()).to(self.dtype)
+        states = rows.to(device=self.device, dtype=self.compute_dtype)[places.to(self.device)]
+        return _finite(states, "model.embed_tokens", self)
+
+    def resume(self, file: Path) -> tuple[HiddenStates, int] | None:
+        """Hidden states that `HiddenStates.save` wrote, and the number of blocks behind them; None if it did not.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        return HiddenStates.load(file, self.storage, self.device)
 
     @contextmanager
     def block(self, layer: int) -> Iterator[nn.Module]:
@@ -129,7 +171,11 @@ class StreamedModel:
 
     @torch.no_grad()
     def run(self, layer: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """One block on one batch: [B, T, d] to [B, T, d]."""
+        """One block on one batch: [B, T, d] to [B, T, d].
+
+        Raises:
+            ValueError: something in the output is not finite.
+        """
         return self.run_with_gradient(layer, block, hidden)
 
     def run_with_gradient(self, layer: int, block: nn.Module, hidden: Tensor) -> Tensor:
@@ -141,7 +187,7 @@ class StreamedModel:
         kind = (*hidden.shape[:2], sliding)
         if kind not in self._positions:
             self._positions[kind] = self._position_arguments(hidden, sliding)
-        return block(hidden, **self._positions[kind])
+        return _finite(block(hidden, **self._positions[kind]), f"model.layers.{layer}", self)
 
     def _position_arguments(self, hidden: Tensor, sliding: bool) -> dict[str, Any]:
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -163,29 +209,45 @@ class StreamedModel:
 
     @contextmanager
     def head(self) -> Iterator["Head"]:
-        """The final norm and the language-model head, loaded."""
-        name = "lm_head.weight" if "lm_head.weight" in self.files.tensors else "model.embed_tokens.weight"
+        """The final norm and the language-model head, loaded; the head in 16 bits."""
+        name = "lm_head.weight" if "lm_head.weight" in self.files.tensors else _EMBEDDING
         with self._loaded(self._decoder.norm, "model.norm.") as norm:
-            yield Head(norm, self._read(name))
+            yield Head(norm, self._read(name, self.dtype))
 
     @contextmanager
-    def _loaded(self, module: nn.Module, prefix: str, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+    def _loaded(self, module: nn.Module, prefix: str) -> Iterator[nn.Module]:
         expected = module.state_dict()
-        state = {name: self._read(prefix + name, dtype) for name in expected}
-        for name, tensor in state.items():
-            if tensor.shape != expected[name].shape:
-                raise ValueError(
-                    f"{self.files.path} holds {prefix}{name} as {tuple(tensor.shape)}, its config.json asks for "
-                    f"{tuple(expected[name].shape)}: config and weights are not of one model"
-                )
+        state = {}
+        for name, meta in expected.items():
+            state[name] = self._read(prefix + name, self.compute_dtype)
+            self._check_shape(prefix + name, state[name].shape, meta.shape)
         module.load_state_dict(state, assign=True)
+        del state
         try:
             yield module
         finally:
             module.to("meta")
 
-    def _read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.files.read(name).to(device=self.device, dtype=dtype or self.compute_dtype)
+    def _check_shape(self, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
+        if tuple(found) != tuple(expected):
+            raise ValueError(
+                f"{self.files.path} holds {name} as {tuple(found)}, its config.json asks for {tuple(expected)}: "
+                "config and weights are not of one model"
+            )
+
+    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
+        return self.files.read(name).to(device=self.device, dtype=dtype)
+
+
+def _finite(states: Tensor, name: str, model: StreamedModel) -> Tensor:
+    """The same states [B, T, d], if all of them are numbers."""
+    if torch.isfinite(states).all():
+        return states
+    overflows = " or let it compute in bfloat16 (dtype in config.json)," if model.dtype == torch.float16 else ""
+    raise ValueError(
+        f"{name} of {model.files.path} gives hidden states that are not finite: compare its weights with the model's "
+        f"source,{overflows} and look for examples that are not what the model expects"
+    )
 
 
 def _compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -201,12 +263,26 @@ class Head:
 
     norm: nn.Module
     weight: Tensor
-    """[vocabulary, d]"""
+    """[vocabulary, d], 16-bit"""
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of hidden states for one call of `logits`, so that its result stays below 256 MiB."""
+        return max(1, _LOGITS_BYTES // (4 * self.weight.shape[0]))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] to [..., vocabulary] float32."""
-        return nn.functional.linear(self.norm(hidden), self.weight).float()
+        states = self.norm(hidden)
+        if states.dtype == self.weight.dtype:
+            return nn.functional.linear(states, self.weight).float()
+        # In float32 the head of a large model would be the largest thing in memory: converted part by part.
+        logits = torch.empty(*states.shape[:-1], self.weight.shape[0], dtype=torch.float32, device=states.device)
+        rows = max(1, _HEAD_PART_BYTES // (self.weight.shape[1] * states.dtype.itemsize))
+        for start in range(0, self.weight.shape[0], rows):
+            part = self.weight[start : start + rows].to(states.dtype)
+            logits[..., start : start + rows] = nn.functional.linear(states, part)
+        return logits
 
 
 def replace_weight(matrix: nn.Linear, weight: Tensor) -> None:
