@@ -45,3 +45,7 @@ class Steps:
     def advance(self, count: int = 1) -> None:
         """So many steps are done."""
         self._progress.advance(self._task, count)
+
+    def say(self, text: str) -> None:
+        """A line above the bar, which stays."""
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,233 @@
+"""One unit at a time: what the end of a model makes of one quantized unit (the walk that `taqo` and `kl` share).
+
+Quantizing a unit in block l changes nothing before it (prefix reuse). So the hidden states entering l are kept, and for
+every unit of l and every bitwidth only blocks l..N run:
+
+    N + sum over (unit, bits) of (N - l)     block executions, instead of N per (unit, bits) and N for the full model
+
+Two sets of hidden states are held at a time, those entering l and those of the unit at work (during the first block
+also those leaving it), and one block's weights.
+What is read at the end is journalled per (unit, bits), one JSON line each; the same command goes on after the last
+whole line and then repeats only the walk of the full model.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from taq_vllm.distributed import world
+from taq_vllm.hidden_states import HiddenStates
+from taq_vllm.plan import GROUP_SIZE, STUDY_BITS, SYMMETRIC, write_atomically
+from taq_vllm.progress import steps
+from taq_vllm.quantizer import quantize
+from taq_vllm.scoring import Run
+from taq_vllm.stream import Batch, Head, StreamedModel, matrices_of, replace_weight
+from taq_vllm.units import HEAD, layer_of
+
+LOGIT_ROWS = 2048
+"""Tokens whose logits are held together: 2048 x 128k in float32 are 1 GB."""
+
+Values = dict[str, Tensor]
+"""By name, one float64 per calibration example."""
+
+LOWER_BITS = STUDY_BITS[:-1]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Weights rounded to nearest.
+
+    Attributes:
+        symmetric: None for what plans do at each bitwidth (`plan.SYMMETRIC`).
+    """
+
+    symmetric: bool | None = None
+
+    def __call__(self, name: str, weight: Tensor, bits: int) -> Tensor:
+        """The matrix `name` as `bits` would store it: [N, K] to [N, K]."""
+        return quantize(weight, bits, self.is_symmetric(bits)).dequantize()
+
+    def is_symmetric(self, bits: int) -> bool:
+        """Whether codes of so many bits have no zero point."""
+        return SYMMETRIC[bits] if self.symmetric is None else self.symmetric
+
+
+def is_quantizable(in_features: int) -> bool:
+    """Whether groups divide a matrix; others stay as they are at every bitwidth."""
+    return in_features % GROUP_SIZE == 0
+
+
+def check_bits(bits: Sequence[int]) -> tuple[int, ...]:
+    """A scorer's bitwidths, ascending.
+
+    Raises:
+        ValueError: none, one twice, or one that is not below 16.
+    """
+    if not bits or len(set(bits)) < len(bits) or not set(bits) <= set(LOWER_BITS):
+        raise ValueError(f"got bits {list(bits)}; needs one or more of {', '.join(map(str, LOWER_BITS))}, each once")
+    return tuple(sorted(bits))
+
+
+def check_answers(run: Run, examples: int) -> None:
+    """Labels are needed: every one of the first `examples` calibration examples must have a completion.
+
+    Raises:
+        ValueError: names the first that has none.
+    """
+    for example in run.task.calibration[:examples] if run.task else ():
+        if not example.completion:
+            raise ValueError(
+                f"{run.task.path}, example {example.id}: it has no answer, and this scorer measures answers; add "
+                '"answers": ["..."] or choose a scorer that reads prompts only (kl, taq)'
+            )
+
+
+def mean_and_stderr(values: Tensor) -> tuple[float, float]:
+    """Over examples [n]: the mean and its standard error."""
+    return values.mean().item(), (values.std(unbiased=True) / len(values) ** 0.5).item()
+
+
+def check_logits(logits: Tensor) -> Tensor:
+    """The logits themselves.
+
+    Raises:
+        ValueError: one of them is not finite.
+    """
+    if not torch.isfinite(logits).all():
+        raise ValueError(
+            f"{HEAD} gives logits that are not finite: the final norm or the head of this model is damaged, or its "
+            "dtype overflows on this task; check the checkpoint, or use one in bfloat16"
+        )
+    return logits
+
+
+Read = Callable[[HiddenStates, Head, Head], Values]
+"""(the last block's output, the head to apply, the full-precision head) to values of all examples, gathered."""
+
+
+def walk(
+    run: Run,
+    batches: Sequence[Batch],
+    bits: Sequence[int],
+    perturb: Callable[[str, Tensor, int], Tensor],
+    read: Read,
+    description: str,
+) -> tuple[dict[tuple[str, int], Values], HiddenStates]:
+    """Perturb every unit alone at every bitwidth, and read the model's end.
+
+    Args:
+        run: model, units and journal.
+        batches: this process's calibration examples.
+        bits: bitwidths of each unit.
+        perturb: name, weight [N, K] in the model's dtype and bits to another weight; called where groups divide K.
+        read: what is kept of the last block's output.
+        description: of the progress bar.
+
+    Returns:
+        What was read, by (unit, bits), and the full model's last hidden states.
+    """
+    model = run.model
+    done = _read_journal(run.journal)
+    by_layer: dict[int | None, list[tuple[str, int]]] = {}
+    for unit in run.units:
+        wanted = [(unit, width) for width in bits if (unit, width) not in done]
+        by_layer.setdefault(None if unit == HEAD else layer_of(unit), []).extend(wanted)
+
+    def finish(key: tuple[str, int], states: HiddenStates, head: Head, full: Head) -> None:
+        done[key] = read(states, head, full)
+        if world()[0] == 0:
+            _append(run.journal, key, done[key])
+
+    walks = sum(len(by_layer.get(layer, ())) * (model.layers - layer) for layer in range(model.layers))
+    hidden = model.embed(batches)
+    with steps(description, len(batches) * (model.layers + walks)) as progress:
+        # The full model's first block runs first: its time tells how long all of it will take.
+        started = time.monotonic()
+        with model.block(0) as block:
+            after = hidden.map(lambda states, block=block: model.run(0, block, states))
+        block_s = time.monotonic() - started
+        progress.advance(len(batches))
+        started = time.monotonic()
+        with model.head() as head:
+            read(after, head, head)
+        read_s = time.monotonic() - started
+        waiting = sum(map(len, by_layer.values()))
+        progress.say(
+            f"{description}: {waiting} of {len(run.units) * len(bits)} to do, {model.layers + walks} block runs, "
+            f"estimated time {_duration(block_s * (model.layers + walks) + read_s * (waiting + 1))}"
+        )
+        for layer in range(model.layers):
+            for unit, width in by_layer.get(layer, ()):
+                with model.block(layer) as block:
+                    _perturb(model, layer, block, run.units[unit], width, perturb)
+                    perturbed = hidden.map(lambda states, layer=layer, block=block: model.run(layer, block, states))
+                progress.advance(len(batches))
+                for later in range(layer + 1, model.layers):
+                    with model.block(later) as block:
+                        perturbed.replace(lambda states, later=later, block=block: model.run(later, block, states))
+                    progress.advance(len(batches))
+                with model.head() as head:
+                    finish((unit, width), perturbed, head, head)
+                del perturbed
+            if layer == 0:
+                hidden = after
+                del after
+                continue
+            with model.block(layer) as block:
+                hidden.replace(lambda states, layer=layer, block=block: model.run(layer, block, states))
+            progress.advance(len(batches))
+    for unit, width in by_layer.get(None, ()):
+        with model.head() as head:
+            weight = head.weight
+            if is_quantizable(weight.shape[1]):
+                weight = perturb(HEAD, weight.to(model.dtype), width).to(weight.device, weight.dtype)
+            finish((unit, width), hidden, replace(head, weight=weight), head)
+    return done, hidden
+
+
+def _perturb(
+    model: StreamedModel,
+    layer: int,
+    block: nn.Module,
+    matrices: Sequence[str],
+    bits: int,
+    perturb: Callable[[str, Tensor, int], Tensor],
+) -> None:
+    for inside, matrix in matrices_of(block).items():
+        name = f"model.layers.{layer}.{inside}"
+        if name in matrices and is_quantizable(matrix.in_features):
+            replace_weight(matrix, perturb(name, matrix.weight.to(model.dtype), bits))
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{hours:.1f} h"
+
+
+def _read_journal(journal: Path) -> dict[tuple[str, int], Values]:
+    if not journal.is_file():
+        return {}
+    done = {}
+    whole = []
+    for line in journal.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            if world()[0] == 0:
+                write_atomically(journal, "".join(whole))  # cut off by a killed run: its unit is run again
+            break
+        whole.append(line)
+        entry: Mapping[str, list[float]] = json.loads(line)
+        key = (entry.pop("unit"), entry.pop("bits"))
+        done[key] = {name: torch.tensor(values, dtype=torch.float64) for name, values in entry.items()}
+    return done
+
+
+def _append(journal: Path, key: tuple[str, int], values: Values) -> None:
+    unit, bits = key
+    line = {"unit": unit, "bits": bits} | {name: per_example.tolist() for name, per_example in values.items()}
+    with journal.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")

@@ -1,0 +1,308 @@
+"""What quantizing costs the task, estimated from gradients: every matrix and bitwidth from one backward pass. Labelled.
+
+With nll_i the mean negative log-likelihood of example i's T_i answer tokens (the end included), g_i its gradient, and
+dW = Q_b(W) - W (round to nearest) over all matrices of a unit,
+
+    first_b  = E_i[ g_i . dW ]                     can be negative: rounding happens to help
+    second_b = E_i[ T_i (g_i . dW)^2 ] / 2         the curvature dW' H dW / 2, H by the empirical Fisher
+    cost_b   = first_b + second_b, or either (`terms`), nats per answer token
+
+Positive means that the loss grows. T_i is there because the Fisher of a sequence is that of its summed likelihood: its
+score is T_i g_i, E[(T_i g_i)(T_i g_i)'] is the Hessian of the sum where the model is right about its answers, and a
+T_i-th of that the Hessian of the mean. Products are summed over a unit's matrices before squaring, so matrices of a
+unit may help or hurt each other; between units the costs are additive by assumption. What ModelOpt's AutoQuantize
+(Fisher) and AutoRound's AutoScheme (first order) do with generic text, on the task's answers.
+
+No gradient of a weight is formed. For y = W x with d nll_i / d y_t = delta_t,  g_i . dW = sum_t delta_t . (dW x_t): one
+matmul per matrix and bitwidth, and exact per example, which is where the standard errors come from.
+
+The backward pass goes block by block: the forward walk keeps every block's input (N sets of hidden states, spilled to
+disk beyond a limit), then each block from the last to the first is loaded once more, run with its graph, and left.
+
+After a block of the backward walk its products are journalled, and at most once a minute the gradient is saved beside
+the journal. A resumed run repeats the forward walk below that gradient, since inputs are not kept, and the backward
+walk from there. With several processes nothing is saved.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from taq_vllm.distributed import gather, world
+from taq_vllm.hidden_states import HiddenStates
+from taq_vllm.one_at_a_time import (
+    LOGIT_ROWS,
+    Rounding,
+    check_answers,
+    check_bits,
+    check_logits,
+    is_quantizable,
+    mean_and_stderr,
+)
+from taq_vllm.progress import steps
+from taq_vllm.scores import UnitScore
+from taq_vllm.scoring import Run
+from taq_vllm.stream import Batch, StreamedModel, make_batches, matrices_of
+from taq_vllm.units import GRANULARITIES, HEAD  # noqa: F401
+
+READS = "answers"
+COST_UNIT = "nats per answer token"
+
+_SAVE_EVERY_S = 60.0
+_DISTINGUISHABLE = 1.96  # standard errors; two-sided 95%
+
+
+class Settings(BaseModel):
+    """Which estimate, and on what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    terms: Literal["first", "second", "both"] = "second"
+    bits: tuple[int, ...] = (4, 8)
+    symmetric: bool | None = None
+    """None: what plans do at each bitwidth (asymmetric below 8)."""
+    max_examples: int = Field(256, ge=2)
+    batch_size: int = Field(8, ge=1)
+
+    _bits = field_validator("bits")(check_bits)
+
+
+Products = dict[str, Tensor]
+"""By matrix: g_i . dW for every example and bitwidth, [examples, bits] float64."""
+
+
+def score_units(run: Run, settings: Settings) -> list[UnitScore]:
+    """Score every unit by the loss that it alone is estimated to add.
+
+    Raises:
+        ValueError: an example without an answer, or logits or gradients that are not finite.
+    """
+    check_answers(run, settings.max_examples)
+    batches = make_batches(run.sequences, settings.batch_size)
+    products = inner_products(run, batches, settings.bits, Rounding(settings.symmetric))
+    tokens = torch.zeros(len(run.sequences), dtype=torch.float64)
+    for batch in batches:
+        tokens[batch.examples] = batch.is_predicted.sum(1).double()
+    tokens = gather(tokens)
+    of_units = {unit: gather(sum(products[name] for name in names)) for unit, names in run.units.items()}
+    return [_unit_score(unit, of_unit, tokens, settings) for unit, of_unit in of_units.items()]
+
+
+def inner_products(run: Run, batches: Sequence[Batch], bits: Sequence[int], rounding: Rounding) -> Products:
+    """g_i . dW of every matrix of `run.units`, for this process's examples.
+
+    Args:
+        run: model, units and journal.
+        batches: of `run.sequences`.
+        bits: bitwidths.
+        rounding: gives Q_b(W).
+
+    Raises:
+        ValueError: logits or gradients that are not finite.
+    """
+    model, journal = run.model, run.journal
+    saved = journal.with_suffix(".gradient")
+    names = {name for matrices in run.units.values() for name in matrices}
+    products = {name: torch.zeros(len(run.sequences), len(bits), dtype=torch.float64) for name in names}
+    alone = world()[1] == 1
+    resumed = HiddenStates.load(saved, device=model.device) if alone else None
+    gradient, last = resumed or (None, model.layers)
+    if resumed:
+        products |= _read_journal(journal)
+    with steps("loss: forward and backward", len(batches) * 2 * last) as progress:
+        inputs = [model.embed(batches)]
+        started = time.monotonic()
+        for layer in range(last if gradient is None else last - 1):
+            with model.block(layer) as block:
+                inputs.append(inputs[-1].map(lambda states, layer=layer, block=block: model.run(layer, block, states)))
+            progress.advance(len(batches))
+            if (
+                layer == 0
+            ):  # a block with its graph costs its run once more, the backward pass and a matmul per bitwidth
+                once = time.monotonic() - started
+                progress.say(f"loss: estimated time {once * (last + last * (2 + len(bits))):.0f} s")
+        if gradient is None:
+            gradient = _through_head(model, batches, inputs.pop(), bits, rounding, products)
+            if alone:
+                _append(journal, products, [HEAD] if HEAD in products else [])
+        else:
+            progress.advance(len(batches))
+        saved_at = time.monotonic()
+        for layer in reversed(range(last)):
+            _through_block(model, layer, batches, inputs.pop(), gradient, bits, rounding, products)
+            progress.advance(len(batches))
+            if alone:
+                _append(journal, products, [name for name in names if name.startswith(f"model.layers.{layer}.")])
+                if time.monotonic() - saved_at >= _SAVE_EVERY_S:
+                    gradient.save(saved, blocks=layer)
+                    saved_at = time.monotonic()
+    saved.unlink(missing_ok=True)
+    return products
+
+
+def _through_head(
+    model: StreamedModel,
+    batches: Sequence[Batch],
+    hidden: HiddenStates,
+    bits: Sequence[int],
+    rounding: Rounding,
+    products: Products,
+) -> HiddenStates:
+    """d nll_i / d (last block's output) of every batch, [B, T, d]; the head's products where they are asked for."""
+    of_batch = iter(batches)
+    with model.head() as head:
+        weight = head.weight.to(_gradient_dtype(model))
+        norm = head.norm.to(_gradient_dtype(model))
+        errors = _errors(HEAD, head.weight, bits, rounding, model) if HEAD in products else []
+
+        def backward(states: Tensor) -> Tensor:
+            batch = next(of_batch)
+            predicted = batch.is_predicted
+            targets = batch.input_ids.roll(-1, dims=1)[predicted].to(states.device)
+            owners = batch.examples[:, None].expand_as(predicted)[predicted]
+            shares = (1 / predicted.sum(1, keepdim=True)).expand_as(predicted)[predicted].to(states.device)
+            places = predicted.to(states.device)
+            rows_gradient = []
+            for rows, target, owner, share in zip(
+                states[places].split(LOGIT_ROWS),
+                targets.split(LOGIT_ROWS),
+                owners.split(LOGIT_ROWS),
+                shares.split(LOGIT_ROWS),
+                strict=True,
+            ):
+                with torch.enable_grad():
+                    rows = rows.to(weight.dtype).clone().requires_grad_()
+                    normed = norm(rows)
+                    logits = check_logits(nn.functional.linear(normed, weight).float())
+                    loss = (nn.functional.cross_entropy(logits, target, reduction="none") * share).sum()
+                    of_rows, of_logits = torch.autograd.grad(loss, (rows, logits))
+                for place, error in enumerate(errors):
+                    moved = nn.functional.linear(normed.detach(), error).float()
+                    products[HEAD][:, place].index_add_(0, owner, (of_logits * moved).sum(-1).double().cpu())
+                rows_gradient.append(of_rows)
+            gradient = torch.zeros(states.shape, dtype=weight.dtype, device=states.device)
+            gradient[places] = torch.cat(rows_gradient)
+            return gradient
+
+        return hidden.map(backward)
+
+
+def _through_block(
+    model: StreamedModel,
+    layer: int,
+    batches: Sequence[Batch],
+    inputs: HiddenStates,
+    gradient: HiddenStates,
+    bits: Sequence[int],
+    rounding: Rounding,
+    products: Products,
+) -> None:
+    """The gradient at a block's output becomes that at its input, batch by batch; its matrices' products are added."""
+    of_batch = iter(zip(batches, inputs, strict=True))
+    with model.block(layer) as block:
+        examples = torch.empty(0)
+
+        def record(name: str, matrix: nn.Linear) -> None:
+            errors = _errors(name, matrix.weight, bits, rounding, model)
+
+            def at_forward(_: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+                x = arguments[0].detach()  # [B, T, K]
+
+                def at_backward(delta: Tensor) -> None:  # [B, T, N]; zero at padding, which no answer sees
+                    for place, error in enumerate(errors):
+                        moved = nn.functional.linear(x, error)
+                        products[name][examples, place] = (delta.float() * moved.float()).sum((1, 2)).double().cpu()
+
+                output.register_hook(at_backward)
+
+            handles.append(matrix.register_forward_hook(at_forward))
+
+        handles: list[RemovableHandle] = []
+        for inside, matrix in matrices_of(block).items():
+            name = f"model.layers.{layer}.{inside}"
+            if name in products and is_quantizable(matrix.in_features):
+                record(name, matrix)
+        block.to(_gradient_dtype(model))
+
+        def backward(after: Tensor) -> Tensor:
+            nonlocal examples
+            batch, states = next(of_batch)
+            examples = batch.examples
+            with torch.enable_grad():
+                states = states.to(after.dtype).clone().requires_grad_()
+                (before,) = torch.autograd.grad(model.run_with_gradient(layer, block, states), states, after)
+            if not torch.isfinite(before).all():
+                raise ValueError(
+                    f"the loss's gradient is not finite in model.layers.{layer}: a weight there is damaged, or "
+                    "activations overflow; check the checkpoint, or use one in bfloat16"
+                )
+            return before
+
+        gradient.replace(backward)
+        for handle in handles:
+            handle.remove()
+
+
+def _errors(name: str, weight: Tensor, bits: Sequence[int], rounding: Rounding, model: StreamedModel) -> list[Tensor]:
+    """Q_b(W) - W [N, K] for each bitwidth."""
+    stored = weight.to(model.dtype)
+    if not is_quantizable(stored.shape[1]):
+        return []
+    dtype = _gradient_dtype(model)
+    return [(rounding(name, stored, width).float() - stored.float()).to(dtype) for width in bits]
+
+
+def _gradient_dtype(model: StreamedModel) -> torch.dtype:
+    """Gradients of a mean over tokens underflow in fp16."""
+    return torch.float32 if model.compute_dtype == torch.float16 else model.compute_dtype
+
+
+def _unit_score(unit: str, products: Tensor, tokens: Tensor, settings: Settings) -> UnitScore:
+    """From g_i . dW of a unit [examples, bits] and T_i [examples]."""
+    first = products
+    second = tokens[:, None] * products.square() / 2
+    cost = {"first": first, "second": second, "both": first + second}[settings.terms]
+    costs, stderrs = {}, {}
+    for place, width in enumerate(settings.bits):
+        costs[width], stderrs[width] = mean_and_stderr(cost[:, place])
+    lowest = settings.bits[0]
+    first_mean, first_stderr = mean_and_stderr(first[:, 0])
+    second_mean, second_stderr = mean_and_stderr(second[:, 0])
+    return UnitScore(
+        unit=unit,
+        score=costs[lowest],
+        stderr=stderrs[lowest],
+        from_zero=abs(costs[lowest]) > _DISTINGUISHABLE * stderrs[lowest],
+        tiebreak=second_mean,
+        costs=costs,
+        cost_stderrs=stderrs,
+        details={
+            "first_order": first_mean,
+            "first_order_stderr": first_stderr,
+            "second_order": second_mean,
+            "second_order_stderr": second_stderr,
+        },
+    )
+
+
+def _read_journal(journal: Path) -> Products:
+    """Whole lines only: a block whose line was cut off by a kill is gone through again."""
+    products = {}
+    for line in journal.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            entry = json.loads(line)
+            products[entry["matrix"]] = torch.tensor(entry["products"], dtype=torch.float64)
+    return products
+
+
+def _append(journal: Path, products: Products, names: Sequence[str]) -> None:
+    with journal.open("a", encoding="utf-8") as file:
+        for name in names:
+            file.write(json.dumps({"matrix": name, "products": products[name].tolist()}) + "\n")
