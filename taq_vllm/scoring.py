@@ -5,8 +5,6 @@ import importlib
 import json
 import os
 import pkgutil
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +14,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from taq_vllm import scorers
+from taq_vllm import distributed, scorers
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import ScorerRef, TaskRef
 from taq_vllm.scores import Scores
-from taq_vllm.stream import StreamedModel
+from taq_vllm.stream import HIDDEN_LIMIT_BYTES, StreamedModel
 from taq_vllm.tasks import Task, TokenizedExample, tokenize
 from taq_vllm.units import Granularity, units_of
 
@@ -34,13 +32,15 @@ class Run:
 
     Attributes:
         files: the full-precision model.
-        device: where blocks run.
+        device: where blocks run, as `cuda:0`.
         model: the same as a walk over its blocks; None for scorers that read no examples.
         task: whose examples are scored; None for scorers that read no examples.
-        sequences: the examples as tokens, with completions where the scorer reads answers.
+        sequences: the examples as tokens, with completions where the scorer reads answers; with several processes
+            (`distributed.py`) this process's share of them.
         granularity: of `units`.
         units: the matrices of every unit to score, by the unit's name, in the model's order; the last may be the head.
-        journal: a file for finished work, which the same command finds again; removed when the scores are written.
+        journal: a file for finished work, which the same command finds again; rank 0 writes it. It and files whose
+            names begin with its name are removed when the scores are written.
     """
 
     files: ModelFiles
@@ -59,12 +59,16 @@ def score(
     scorer: str,
     output: Path,
     settings: dict[str, Any] | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     force: bool = False,
     granularity: Granularity = "layer",
     head: bool = False,
+    hidden_limit_bytes: float = HIDDEN_LIMIT_BYTES,
+    spill_folder: Path | None = None,
 ) -> tuple[Scores, bool]:
     """Score every unit of a model for a task and write `scores.json`.
+
+    Processes that joined by `distributed.start` share the examples; all return the same scores, rank 0 writes them.
 
     Args:
         files: the full-precision model.
@@ -72,10 +76,12 @@ def score(
         scorer: one of `SCORERS`.
         output: where the scores go; a journal lies beside them until they are whole.
         settings: overrides of the scorer's own settings.
-        device: where blocks run.
+        device: where blocks run; `auto` is a GPU if there is one.
         force: replace scores of another request that are at `output`.
         granularity: what is scored (`units.py`).
         head: score `lm_head` as well.
+        hidden_limit_bytes: of hidden states in memory; the rest lies in files.
+        spill_folder: on whose disk these files are; the output's folder if not given.
 
     Returns:
         The scores, and whether they were made now (False: they were there already).
@@ -105,40 +111,62 @@ def score(
         "granularity": granularity,
         "head": head,
     }
-    if output.is_file():
-        previous = Scores.load(output)
-        if _request_of(previous) == request:
-            return previous, False
-        if not force:
-            name = previous.task.name if previous.task else "no task"
-            raise ValueError(
-                f"{output} holds other scores ({previous.scorer.name} on {name}, {previous.model.id}): choose another "
-                "output, or replace them with --force"
-            )
+    previous = distributed.first(lambda: _finished(output, request, force))
+    if previous is not None:
+        return previous, False
 
     started = time.monotonic()
-    model = None if task is None else StreamedModel(files, device)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    model = None if task is None else StreamedModel(files, device, hidden_limit_bytes, spill_folder or output.parent)
     sequences = [] if task is None else calibration_sequences(model, task, examples, module.READS == "answers")
-    # What was computed elsewhere differs in its last bits, and is not continued here.
-    computed = [model.device.type, str(model.compute_dtype)] if model else []
+    _, processes = distributed.world()
+    if 0 < len(sequences) < processes:
+        raise ValueError(f"{len(sequences)} examples cannot be split over {processes} processes: start fewer")
+    # What was computed elsewhere, or split otherwise, differs in its last bits, and is not continued here.
+    computed = [model.device.type, str(model.compute_dtype), processes] if model else []
     key = hashlib.sha256(json.dumps([request, computed], sort_keys=True).encode()).hexdigest()[:12]
     journal = output.with_name(f"{output.name}.{key}.journal")
-    output.parent.mkdir(parents=True, exist_ok=True)
     units = units_of([*files.matrices, *(files.head if head else ())], granularity)
-    run = Run(files, device, model, task, sequences, granularity, units, journal)
-    scores = Scores(
-        model=files.ref,
-        task=task_ref,
-        scorer=ScorerRef(name=scorer, settings=recorded),
-        granularity=granularity,
-        cost_unit=module.COST_UNIT,
-        units=tuple(module.score_units(run, chosen)),
-        seconds=time.monotonic() - started,
-        peak_memory_bytes=peak_memory_bytes(),
-    )
-    scores.save(output)
-    journal.unlink(missing_ok=True)
+    on = str(model.device) if model else "cpu"
+    run = Run(files, on, model, task, distributed.share(sequences), granularity, units, journal)
+    found = tuple(module.score_units(run, chosen))
+
+    def finish() -> Scores:
+        scores = Scores(
+            model=files.ref,
+            task=task_ref,
+            scorer=ScorerRef(name=scorer, settings=recorded),
+            granularity=granularity,
+            cost_unit=module.COST_UNIT,
+            units=found,
+            seconds=time.monotonic() - started,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+        scores.save(output)
+        return scores
+
+    scores = distributed.first(finish)
+    if distributed.world()[0] == 0:
+        for left in output.parent.iterdir():
+            if left.name.startswith(journal.name) or left.name.startswith(f".{journal.name}"):
+                left.unlink()
     return scores, True
+
+
+def _finished(output: Path, request: dict[str, Any], force: bool) -> Scores | None:
+    """What is at `output` already, if it is the answer to this request."""
+    if not output.is_file():
+        return None
+    previous = Scores.load(output)
+    if _request_of(previous) == request:
+        return previous
+    if force:
+        return None
+    name = previous.task.name if previous.task else "no task"
+    raise ValueError(
+        f"{output} holds other scores ({previous.scorer.name} on {name}, {previous.model.id}): choose another output, "
+        "or replace them with --force"
+    )
 
 
 def baseline(
@@ -192,9 +220,15 @@ def calibration_sequences(
 
 
 def peak_memory_bytes() -> int:
-    """Highest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Highest resident memory of this process so far (`VmHWM`)."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux; its `ru_maxrss` would count the parent's memory until this program was started
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _module(scorer: str) -> ModuleType:

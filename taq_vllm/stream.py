@@ -133,7 +133,7 @@ class StreamedModel:
         """Number of transformer blocks."""
         return len(self._decoder.layers)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, batches: Sequence[Batch]) -> HiddenStates:
         """Hidden states entering the first block.
 

@@ -12,21 +12,32 @@ through the z-scores, on R. It is the limit of the bootstrap over examples at th
 What the paper leaves open is a setting here: moments per channel or pooled, the sign of the stability term (variance
 grows along the residual stream, so -Var favours early layers by construction), and variance relative to the block's
 input instead of absolute.
+
+Each block's statistics are journalled, and every few seconds the hidden states behind the last block are saved: the
+same command goes on there and ends with the same numbers. Several processes (`distributed.py`) draw one reservoir:
+which tokens are in it depends on the lengths of all examples alone.
 """
 
+import json
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from taq_vllm import distributed
 from taq_vllm.hidden_states import HiddenStates
+from taq_vllm.plan import write_atomically
 from taq_vllm.progress import track
 from taq_vllm.scores import UnitScore
 from taq_vllm.scoring import Run
-from taq_vllm.stream import Batch, make_batches
+from taq_vllm.stream import Batch, StreamedModel, make_batches
+from taq_vllm.tasks import TokenizedExample
 from taq_vllm.units import HEAD
 
 READS = "prompts"
@@ -36,6 +47,8 @@ COST_UNIT = None
 # Values that are looked at together: fewer cost more in calls than in arithmetic, more leave the processor's cache
 # (2 MB in float64; measured: four times as long per value from 8 MB on).
 _CHUNK_VALUES = 1 << 18
+# Saving the hidden states of blocks that take a fraction of this would cost more than running such blocks again.
+_SAVE_EVERY_S = 10.0
 
 
 class Settings(BaseModel):
@@ -128,6 +141,19 @@ class Moments:
             self._sum.index_add_(0, owners, chunk)
             self._square.index_add_(0, owners, chunk.square().mean(1))
 
+    def of_all_processes(self, dimension: int) -> "Moments":
+        """The moments of every process's examples, in the order of the whole calibration set.
+
+        Args:
+            dimension: d; a process may have seen no token.
+        """
+        together = Moments(0)
+        local = torch.zeros(len(self._count), dimension, dtype=torch.float64) if self._sum is None else self._sum
+        together._count, together._sum, together._square = (
+            distributed.gather(values) for values in (self._count, local, self._square)
+        )
+        return together
+
     def variance(self, moments: Literal["channel", "pooled"]) -> Statistic:
         """Var = S2 / n - (S1 / n)^2 (eq. 4), per channel and averaged, or over all channels together."""
         total = self._count.sum()
@@ -191,20 +217,27 @@ def score_units(run: Run, settings: Settings) -> list[UnitScore]:
     """
     if HEAD in run.units:
         raise ValueError("scorer taq looks at hidden states of blocks and cannot score lm_head; leave --head out")
-    model, sequences = run.model, run.sequences
-    batches = make_batches(sequences, settings.batch_size, settings.max_tokens)
-    groups = _groups(batches, model.config.hidden_size, settings)
-    hidden = model.embed(batches)
-    entropies = []
-    variances = []
-    if settings.variance == "relative":
-        variances.append(_statistics(groups, hidden, len(sequences), settings)[1])
-    for layer in track(range(model.layers), "taq: information and stability", model.layers):
+    model = run.model
+    batches = make_batches(run.sequences, settings.batch_size, settings.max_tokens)
+    draw = _draw(run.sequences, settings)
+    groups = _groups(batches, draw, model.config.hidden_size)
+    journal = _Journal(run.journal)
+    hidden, first = _resume(model, batches, journal)
+    if first == 0:
+        hidden = model.embed(batches)
+        if settings.variance == "relative":
+            journal.add(-1, *_statistics(groups, draw, hidden, settings))
+    saved = time.monotonic()
+    for layer in track(range(first, model.layers), "taq: information and stability", model.layers - first):
         with model.block(layer) as block:
             hidden.replace(lambda states, layer=layer, block=block: model.run(layer, block, states))
-        entropy, variance = _statistics(groups, hidden, len(sequences), settings)
-        entropies.append(entropy)
-        variances.append(variance)
+        journal.add(layer, *_statistics(groups, draw, hidden, settings))
+        now = time.monotonic()
+        if distributed.first(lambda now=now, saved=saved: now - saved >= _SAVE_EVERY_S):
+            hidden.save(_hidden_file(run.journal), blocks=layer + 1)
+            saved = now
+    entropies = [journal.done[layer][0] for layer in range(model.layers)]
+    variances = [journal.done[layer][1] for layer in range(-1, model.layers) if layer in journal.done]
     information = _stack(entropies)
     spread = _stack(variances[-model.layers :])
     if settings.variance == "relative":
@@ -235,6 +268,105 @@ def score_units(run: Run, settings: Settings) -> list[UnitScore]:
     ]
 
 
+class _Journal:
+    """The statistics of every block that is done, in a file that rank 0 writes: one JSON line each."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.done: dict[int, tuple[Statistic, Statistic]] = {}
+
+    def add(self, layer: int, entropy: Statistic, variance: Statistic) -> None:
+        """Record a block; -1 is what enters the first one."""
+        self.done[layer] = (entropy, variance)
+        if distributed.world()[0] == 0:
+            record = {"layer": layer, "entropy": _as_json(entropy), "variance": _as_json(variance)}
+            with self._file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+
+    def keep(self, blocks: int) -> bool:
+        """Read what an earlier run recorded of the first `blocks` blocks and drop the rest; is all of it there?"""
+        self.done = distributed.first(lambda: self._read(blocks))
+        return len(self.done.keys() - {-1}) == blocks
+
+    def _read(self, blocks: int) -> dict[int, tuple[Statistic, Statistic]]:
+        done, lines = {}, []
+        for line in self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # cut off by a kill
+            if record["layer"] < blocks:
+                done[record["layer"]] = (_from_json(record["entropy"]), _from_json(record["variance"]))
+                lines.append(line + "\n")
+        if self._file.is_file():
+            write_atomically(self._file, "".join(lines))
+        return done
+
+
+def _as_json(statistic: Statistic) -> dict[str, Any]:
+    """Python writes the shortest decimals that are read back as the same float64."""
+    return {"value": statistic.value.item(), "influence": statistic.influence.tolist()}
+
+
+def _from_json(record: dict[str, Any]) -> Statistic:
+    value, influence = record["value"], record["influence"]
+    return Statistic(torch.tensor(value, dtype=torch.float64), torch.tensor(influence, dtype=torch.float64))
+
+
+def _hidden_file(journal: Path) -> Path:
+    """Each process saves its own examples' hidden states."""
+    rank, size = distributed.world()
+    return journal.with_name(f"{journal.name}.hidden" + (f"-{rank}-of-{size}" if size > 1 else ""))
+
+
+def _resume(model: StreamedModel, batches: Sequence[Batch], journal: _Journal) -> tuple[HiddenStates | None, int]:
+    """Hidden states and number of the blocks behind them; 0 where there is nothing to go on with."""
+    hidden, blocks = model.resume(_hidden_file(journal._file)) or (None, 0)
+    # A kill between two processes' saves leaves them at different blocks.
+    together = distributed.gather(torch.tensor([blocks]))
+    if hidden is None or together.unique().numel() > 1 or len(hidden) != len(batches):
+        blocks = 0
+    if not journal.keep(int(distributed.gather(torch.tensor([blocks])).min())):
+        blocks = 0
+    if blocks == 0:
+        journal.keep(-1)
+    return hidden, blocks
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """The reservoir's tokens among those of the whole calibration set.
+
+    The set's tokens are numbered example by example, in the order in which one process would see them.
+
+    Attributes:
+        starts: [examples] int64, the number of each example's first token.
+        numbers: [r] int64, the drawn tokens, ascending.
+        owners: [r] int64, the example of each.
+    """
+
+    starts: Tensor
+    numbers: Tensor
+    owners: Tensor
+
+
+def _draw(sequences: Sequence[TokenizedExample], settings: Settings) -> _Draw:
+    """Draw the reservoir once, for all layers and alike in all processes."""
+    lengths = distributed.gather(torch.tensor([len(sequence.input_ids) for sequence in sequences], dtype=torch.long))
+    order = lengths.argsort(stable=True)
+    ends = lengths.clamp(max=settings.max_tokens)[order].cumsum(0)
+    starts = torch.empty_like(lengths)
+    starts[order] = torch.cat([torch.zeros(1, dtype=torch.long), ends[:-1]])
+    reservoir = Reservoir(settings.reservoir, settings.seed)
+    count = int(ends[-1])
+    reservoir.update(torch.arange(count)[:, None], torch.repeat_interleave(order, ends.diff(prepend=ends.new_zeros(1))))
+    numbers, owners = reservoir.sample()
+    numbers, places = numbers[:, 0].sort()
+    return _Draw(starts, numbers, owners[places])
+
+
 @dataclass(frozen=True)
 class _Group:
     """Neighbouring batches that are looked at together, and the reservoir's draw among their tokens.
@@ -242,21 +374,22 @@ class _Group:
     Attributes:
         batches: their places.
         places: [n] int64, the real tokens' places in the batches' [B * T] vectors below each other.
-        owners: [n] int64, the example of each.
+        owners: [n] int64, the example of each among this process's.
         drawn: [m] int64, those of the n tokens that are in the reservoir.
+        slots: [m] int64, their rows in it.
     """
 
     batches: range
     places: Tensor
     owners: Tensor
     drawn: Tensor
+    slots: Tensor
 
 
-def _groups(batches: Sequence[Batch], dimension: int, settings: Settings) -> list[_Group]:
-    """Which tokens are looked at: the same for every layer, so the reservoir is drawn once."""
-    reservoir = Reservoir(settings.reservoir, settings.seed)
-    parts: list[tuple[range, Tensor, Tensor]] = []
-    starts = [0]
+def _groups(batches: Sequence[Batch], draw: _Draw, dimension: int) -> list[_Group]:
+    """Which tokens are looked at: the same for every layer."""
+    starts = torch.tensor(distributed.share(draw.starts.tolist()), dtype=torch.long)
+    groups: list[_Group] = []
     first = 0
     while first < len(batches):
         last, values = first, 0
@@ -264,33 +397,44 @@ def _groups(batches: Sequence[Batch], dimension: int, settings: Settings) -> lis
             values += batches[last].input_ids.numel() * dimension
             last += 1
         chosen = batches[first:last]
-        places = torch.cat([batch.is_token.flatten() for batch in chosen]).nonzero()[:, 0]
-        owners = torch.cat([batch.examples.repeat_interleave(batch.lengths) for batch in chosen])
-        reservoir.update(torch.arange(starts[-1], starts[-1] + len(places))[:, None], owners)
-        parts.append((range(first, last), places, owners))
-        starts.append(starts[-1] + len(places))
+        is_token = [batch.is_token for batch in chosen]
+        numbers = torch.cat(
+            [
+                (starts[batch.examples][:, None] + torch.arange(batch.input_ids.shape[1]))[mask]
+                for batch, mask in zip(chosen, is_token, strict=True)
+            ]
+        )
+        drawn = torch.isin(numbers, draw.numbers).nonzero()[:, 0]
+        groups.append(
+            _Group(
+                range(first, last),
+                places=torch.cat([mask.flatten() for mask in is_token]).nonzero()[:, 0],
+                owners=torch.cat([batch.examples.repeat_interleave(batch.lengths) for batch in chosen]),
+                drawn=drawn,
+                slots=torch.searchsorted(draw.numbers, numbers[drawn]),
+            )
+        )
         first = last
-    numbers = reservoir.sample()[0][:, 0].sort().values
-    return [
-        _Group(*part, drawn=numbers[(numbers >= start) & (numbers < stop)] - start)
-        for part, start, stop in zip(parts, starts, starts[1:], strict=False)
-    ]
+    return groups
 
 
 def _statistics(
-    groups: Sequence[_Group], hidden: HiddenStates, examples: int, settings: Settings
+    groups: Sequence[_Group], draw: _Draw, hidden: HiddenStates, settings: Settings
 ) -> tuple[Statistic, Statistic]:
-    """Entropy and variance of the hidden states [B, T, d] of all batches, padding left out."""
-    moments = Moments(examples)
-    sampled = []
+    """Entropy and variance of the hidden states [B, T, d] of all batches of all processes, padding left out."""
+    examples = len(draw.starts)
+    dimension = hidden[0].shape[-1]
+    moments = Moments(len(distributed.share(range(examples))))
+    reservoir = torch.zeros(len(draw.numbers), dimension)
     for group in groups:
         states = [states.flatten(0, 1) for states in (hidden[batch] for batch in group.batches)]
         below_each_other = states[0] if len(states) == 1 else torch.cat(states)
         tokens = below_each_other.index_select(0, group.places.to(below_each_other.device)).float().cpu()
         moments.update(tokens, group.owners)
-        sampled.append(tokens[group.drawn])
-    owners = torch.cat([group.owners[group.drawn] for group in groups])
-    return matrix_entropy(torch.cat(sampled), owners, examples), moments.variance(settings.moments)
+        reservoir[group.slots] = tokens[group.drawn]
+    # Every row is in one process and zero in the others: the sum is exact.
+    entropy = matrix_entropy(distributed.total(reservoir), draw.owners, examples)
+    return entropy, moments.of_all_processes(dimension).variance(settings.moments)
 
 
 def _stack(statistics: Sequence[Statistic]) -> Statistic:
