@@ -2,25 +2,24 @@
 
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import Allocation, Budget, MatrixPlan, Plan
+from taq_vllm.units import HEAD
 
 
-def make_plan(folder, key_of):
-    """A plan for a model; `key_of` maps a matrix name to (bits, symmetric)."""
+def make_plan(folder, key_of, head=False):
+    """A plan for a model; `key_of` maps a matrix name to (bits, symmetric), with `head` also `lm_head`."""
     files = ModelFiles(folder)
+    shapes = {**files.matrices, **files.head} if head else files.matrices
     matrices = {
-        name: MatrixPlan(bits=key_of(name)[0], symmetric=key_of(name)[1], shape=shape, why="pinned")
-        for name, shape in files.matrices.items()
+        name: MatrixPlan(
+            bits=key_of(name)[0],
+            symmetric=key_of(name)[1],
+            shape=shape,
+            why="pinned",
+            tied=name == HEAD and files.tied,
+        )
+        for name, shape in shapes.items()
     }
-    planned = sum(matrix.disk_bytes for matrix in matrices.values())
-    weights = sum(rows * columns for rows, columns in files.matrices.values())
-    resident = sum(matrix.resident_bytes for matrix in matrices.values()) + files.bytes_beside(files.matrices)
-    budget = Budget(
-        asked="by hand",
-        average_bits=8 * planned / weights,
-        planned_bytes=planned,
-        disk_bytes=planned + files.bytes_beside(files.matrices),
-        resident_bytes=resident,
-    )
+    budget = Budget.of("by hand", matrices, files.bytes_beside(matrices))
     return Plan(base_model=files.ref, allocation=Allocation(name="by hand"), budget=budget, matrices=matrices)
 
 
@@ -38,6 +37,8 @@ MIXED_BITS = {
 
 
 def mixed(name):
-    """Every bitwidth in every fused layer, other ones from layer to layer."""
+    """Every bitwidth in every fused layer, other ones from layer to layer; 8 bits for the head."""
+    if name == HEAD:
+        return 8, True
     parts = name.split(".")
     return MIXED_BITS[parts[-1]][int(parts[2]) % 2]

@@ -281,12 +281,24 @@ def test_checkpoint_without_its_plan_is_refused(checkpoint, copy):
         resolve(folder)
 
 
-def test_plan_that_names_the_head_is_refused(model, plan, copy):
+def test_plan_may_name_the_head_with_its_shape(model, copy):
     folder = copy(model)
-    head = plan.matrices["model.layers.0.self_attn.k_proj"]
-    plan.model_copy(update={"matrices": {**plan.matrices, "lm_head": head}}).save(folder / PLAN_FILE)
-    with pytest.raises(ValueError, match=r"names lm_head, which .* does not have"):
+    plan = make_plan(folder, mixed, head=True)
+    plan.save(folder / PLAN_FILE)
+    assert resolve(folder, quantization="taq").quant_config.plan == plan
+    entry = plan.matrices["lm_head"].model_copy(update={"shape": (128, 256)})
+    plan.model_copy(update={"matrices": {**plan.matrices, "lm_head": entry}}).save(folder / PLAN_FILE)
+    with pytest.raises(ValueError, match=r"lm_head is \(3072, 256\) in the model and \(128, 256\) in the plan"):
         resolve(folder, quantization="taq")
+
+
+def test_tied_head_below_16_bits_is_refused_before_anything_is_loaded(tmp_path):
+    folder = make_tiny("qwen2", tmp_path / "tied", num_hidden_layers=2)
+    make_plan(folder, lambda name: (8, True), head=True).save(folder / PLAN_FILE)
+    with pytest.raises(ValueError, match=r"plan gives lm_head 8 bits, but .* doubles as its head.*`taq quantize`"):
+        resolve(folder, quantization="taq")
+    make_plan(folder, lambda name: (16 if name == "lm_head" else 8, True), head=True).save(folder / PLAN_FILE)
+    assert resolve(folder, quantization="taq").quant_config.plan.matrices["lm_head"].bits == 16
 
 
 def test_malformed_plan_is_an_error_that_names_the_field(model, plan, copy):
@@ -294,7 +306,16 @@ def test_malformed_plan_is_an_error_that_names_the_field(model, plan, copy):
     record = json.loads(plan.to_json())
     record["matrices"]["model.layers.0.self_attn.q_proj"]["bits"] = 3
     (folder / PLAN_FILE).write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"q_proj\.bits: got 3 bits, allowed are 4, 8, 16"):
+    with pytest.raises(ValueError, match=r"self_attn\.q_proj: got 3 bits, allowed are 4, 8, 16"):
+        resolve(folder, quantization="taq")
+
+
+def test_plan_of_a_study_is_refused(model, plan, copy):
+    folder = copy(model)
+    record = json.loads(plan.to_json()) | {"menu": [3, 4, 8, 16]}
+    record["matrices"]["model.layers.0.self_attn.q_proj"]["bits"] = 3
+    (folder / PLAN_FILE).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"q_proj has 3 bits, which can be studied but not written or served"):
         resolve(folder, quantization="taq")
 
 

@@ -173,9 +173,8 @@ def test_quantized_neighbours_share_a_call_whatever_their_bits_and_rows():
     assert error(output(layer, x), x, stacked(disk, "gate_proj", "up_proj")) < LAYER_ERROR
 
 
-@pytest.mark.parametrize("tokens", [3, 300])
-def test_a_gpu_gets_a_layer_as_one_call_with_its_16_bit_matrix_in_it(interpreted, monkeypatch, tokens):
-    """Loaded on a CPU by the code that loads on a GPU, computed in Triton's interpreter."""
+def load_as_on_a_gpu(interpreted, monkeypatch):
+    """Layers loaded afterwards are packed as an H200 would have them."""
 
     def h200_tables(shapes, columns, group_size, device, configs):
         configs = {bucket: interpreted.heuristic(shapes, columns, 90, 132, bucket) for bucket in interpreted.BUCKETS}
@@ -187,6 +186,12 @@ def test_a_gpu_gets_a_layer_as_one_call_with_its_16_bit_matrix_in_it(interpreted
     monkeypatch.setattr(ops, "pack_dense", packing.pack_dense_tiles)
     monkeypatch.setattr(ops, "_launch_tables", h200_tables)
     monkeypatch.setattr(ops, "warm_up", lambda *arguments: None)
+
+
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_a_gpu_gets_a_layer_as_one_call_with_its_16_bit_matrix_in_it(interpreted, monkeypatch, tokens):
+    """Loaded on a CPU by the code that loads on a GPU, computed in Triton's interpreter."""
+    load_as_on_a_gpu(interpreted, monkeypatch)
     disk = mixed_qkv()
     layer = load(qkv_layer(disk), disk, QKV)
     (run,) = layer.taq_runs

@@ -124,7 +124,8 @@ class TaqConfig(CompressedTensorsConfig):
 
         Raises:
             ValueError: no plan for a 16-bit checkpoint, a plan beside a checkpoint that is already quantized, a plan
-                for another model, or one that is not what the checkpoint was made with.
+                for another model or with bits that are not served, or one that is not what the checkpoint was made
+                with.
         """
         if hf_config is not None:
             hf_config.taq_kernels = tuned.fingerprint()  # compiled graphs hold the kernel's launches
@@ -135,6 +136,7 @@ class TaqConfig(CompressedTensorsConfig):
             plan = self._plan_of_checkpoint(model_name, named, revision)
         if plan is None:
             return
+        plan.check_served(named or f"{model_name}/{PLAN_FILE}")
         self.plan = plan
         self._planned = {name: (name, matrix) for name, matrix in plan.matrices.items()}
         if hf_config is not None:
