@@ -320,14 +320,12 @@ class Evaluator:
         """Greedy continuations of outputs that have begun."""
         most = self._task.max_new_tokens
         items = sorted(begun, key=lambda item: len(self._prompts[item]) + len(begun[item]))
-        continued = {}
+        continued: dict[int, list[int]] = {}
         for start in range(0, len(items), GENERATED_ROWS):
             group = items[start : start + GENERATED_ROWS]
             allowed = [most - len(begun[item]) for item in group]
-            for item, more in zip(
-                group, self._continue([self._prompts[i] + begun[i] for i in group], allowed), strict=True
-            ):
-                continued[item] = more
+            more = self._continue([self._prompts[item] + begun[item] for item in group], allowed)
+            continued |= dict(zip(group, more, strict=True))
         return continued
 
     def _continue(self, sequences: list[list[int]], allowed: list[int]) -> list[list[int]]:
