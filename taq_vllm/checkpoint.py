@@ -4,9 +4,11 @@ The format is compressed-tensors' `pack-quantized` with one config group per bit
 transformers loads it without this project and vLLM serves it where its fused layers are uniform. Beside the weights
 lie `taq_plan.json` and `manifest.json` (sha256 of every file).
 
-Blocks are quantized one at a time. Each becomes a safetensors file of its own in a hidden folder beside the output,
-recorded when it is on disk; a killed run continues after the last recorded block and ends with the same bytes. The
-folder gets its final name only when everything, the manifest included, is in it.
+Blocks are quantized one at a time, the head last, some rows at a time. Each block becomes a safetensors file of its
+own in a hidden folder beside the output, recorded when it is on disk, and so do the hidden states that leave it; a
+killed run continues after the last recorded block and ends with the same bytes. The folder gets its final name only
+when everything, the manifest included, is in it. Of several processes (`distributed.py`) each runs its share of the
+calibration set, and the first writes.
 """
 
 import errno
@@ -15,9 +17,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial as bind
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,26 +28,31 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from safetensors.torch import load_file
-from safetensors.torch import save as serialize
-from torch import Tensor
+from torch import Tensor, nn
 
 from taq_vllm import __version__
+from taq_vllm.distributed import first, share, total, world
+from taq_vllm.fitting import Block, method_named, settings_of
+from taq_vllm.general_text import GeneralText
 from taq_vllm.hidden_states import HiddenStates
-from taq_vllm.model_files import ModelFiles, read_header
+from taq_vllm.model_files import ModelFiles, read_header, write_tensors
 from taq_vllm.plan import BITS_MENU, GROUP_SIZE, PLAN_FILE, MatrixPlan, Plan, TaskRef, write_atomically
 from taq_vllm.progress import track
-from taq_vllm.quantizer import Method, Quantized, quantize, search_clip
+from taq_vllm.quantizer import Quantized
 from taq_vllm.scoring import calibration_sequences
-from taq_vllm.stream import Batch, StreamedModel, make_batches, matrices_of, replace_weight
+from taq_vllm.stream import Batch, StreamedModel, make_batches, matrices_of
 from taq_vllm.tasks import Task
+from taq_vllm.units import HEAD
 
 MANIFEST_FILE = "manifest.json"
 
 _JOURNAL = "journal.jsonl"
 _REQUEST = "request.json"
+_STATES = "states"  # hidden states that leave a block, for the run that continues
 _COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 _NOT_COPIED = {"config.json", "model.safetensors.index.json", PLAN_FILE, MANIFEST_FILE}
 _HEADER_ALLOWANCE = 64 * 1024 * 1024  # safetensors headers, tokenizer and configs, for the check of free space
+_HEAD_WEIGHTS = 1 << 26  # of the head that are quantized at a time: 268 MB in float32
 
 
 @dataclass(frozen=True)
@@ -52,18 +60,49 @@ class Calibration:
     """How the quantizer's parameters are fitted with the bits fixed.
 
     Attributes:
-        method: `rtn` reads no data; `clip` searches ranges on the task's inputs.
-        examples: calibration examples read by `clip`.
+        method: a module of `methods/`.
+        settings: overrides of the method's own settings.
+        examples: calibration examples read by methods that read any.
         max_tokens: of each example.
         batch_size: examples per batch.
         inputs: each block's inputs come from the already `quantized` blocks before it, or from the `full` ones.
+        mix_general: share of the examples that is general text.
+        general: where that is read.
     """
 
-    method: Method = "clip"
+    method: str = "clip"
+    settings: Mapping[str, Any] = field(default_factory=dict)
     examples: int = 128
     max_tokens: int = 512
     batch_size: int = 8
     inputs: Literal["quantized", "full"] = "quantized"
+    mix_general: float = 0.0
+    general: GeneralText | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            ValueError: no such method or setting, a ratio outside 0 to 1, or one without the other.
+        """
+        settings_of(self.method, self.settings)
+        if not 0 <= self.mix_general <= 1:
+            raise ValueError(f"got --mix-general {self.mix_general}; it is a share, from 0 to 1")
+        if self.mix_general > 0 and self.general is None:
+            raise ValueError(f"--mix-general {self.mix_general} needs --general-data FILE")
+        if self.mix_general == 0 and self.general is not None:
+            raise ValueError("--general-data needs --mix-general RATIO, as 0.25")
+        if self.examples < 1:
+            raise ValueError(f"got {self.examples} examples; {self.method} needs at least 1")
+
+    def counts(self, task: Task | None) -> tuple[int, int]:
+        """Examples of the task and of general text; the share holds where the task has fewer than asked for."""
+        general = round(self.examples * self.mix_general)
+        wanted = self.examples - general
+        available = len(task.calibration) if task else 0
+        if available >= wanted:
+            return wanted, general
+        return available, round(available * self.mix_general / (1 - self.mix_general))
 
 
 def quantize_model(
@@ -80,53 +119,73 @@ def quantize_model(
         files: the full-precision model that the plan was made for.
         plan: bits per matrix.
         output: the new folder.
-        calibration: how scales and ranges are found.
-        task: whose inputs `clip` fits; needed by it.
+        calibration: how codes, scales and zero points are found.
+        task: on whose inputs they are fitted, by methods that read any.
         device: where blocks run.
 
     Returns:
         Whether it was written now (False: the same checkpoint was there already).
 
     Raises:
-        ValueError: the plan does not fit the model, or `output` holds something else.
+        ValueError: the plan does not fit the model, the calibration cannot be, or `output` holds something else.
         OSError: no space left; what was written is kept for the same command to continue.
     """
     files.check_plannable()
+    calibration.check()
     plan.check_fits(files.ref, files.matrices, files.head)
     plan.check_served("the plan")
     if all(m.bits == 16 for m in plan.matrices.values()):
         raise ValueError(
             "the plan leaves every matrix at 16 bits: there is nothing to quantize; serve the model as it is"
         )
-    if calibration.method == "clip" and task is None:
-        raise ValueError("method 'clip' fits ranges on a task's inputs: give --task, or use --method rtn")
-    made_by = _made_by(files, plan, calibration, task, device)
-    if output.is_dir() and any(output.iterdir()):
-        manifest = _manifest_of(output)
-        if manifest.get("made_by") != made_by:
-            raise ValueError(f"{output} exists and holds something else: remove it, or choose another output")
-        _check_sizes(output, manifest)
-        _remove_leftovers(output)
-        return False
+    if method_named(calibration.method).READS_INPUTS and task is None and calibration.mix_general < 1:
+        raise ValueError(
+            f"method {calibration.method!r} fits on a task's inputs: give --task, or use --method rtn, which reads none"
+        )
     partial = output.with_name(f".{output.name}.partial")
-    _check_free_space(output, plan, partial)
-    try:
-        with _alone_in(partial):
+    model = StreamedModel(files, device)
+    made_by = _made_by(model, plan, calibration, task)
+    with ExitStack() as held:
+
+        def prepare() -> dict[str, str] | None:
+            """Shards that an earlier run has left, by name; None if there is nothing to do."""
+            if output.is_dir() and any(output.iterdir()):
+                manifest = _manifest_of(output)
+                if manifest.get("made_by") != made_by:
+                    raise ValueError(f"{output} exists and holds something else: remove it, or choose another output")
+                _check_sizes(output, manifest)
+                _remove_leftovers(output)
+                return None
+            _check_free_space(output, plan, partial)
+            held.enter_context(_alone_in(partial))
             _keep_only_work_of(partial, made_by)
-            shards = _write_blocks(files, plan, partial, calibration, task, device)
-            _write_rest(files, plan, partial, made_by, shards)
+            return _Shards.finished(partial)
+
+        def finish() -> None:
+            for file in partial.glob(f"{_STATES}*"):
+                file.unlink()
+            _write_rest(files, plan, partial, made_by, shards.done)
             _sync_folder(partial)
             os.rename(partial, output)
             _sync_folder(output.parent)
             _remove_leftovers(output)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise OSError(
-            errno.ENOSPC,
-            f"no space left while writing {output}; finished blocks are kept in {partial}. "
-            "Free some space and run the same command again: it continues",
-        ) from error
+
+        try:
+            done = first(prepare)
+            if done is None:
+                return False
+            shards = _Shards(partial, model.layers + 1, done)
+            if len(shards.done) <= model.layers:
+                _write_shards(model, plan, shards, calibration, task)
+            first(finish)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not partial.exists():
+                raise
+            raise OSError(
+                errno.ENOSPC,
+                f"no space left while writing {output}; finished blocks are kept in {partial}. "
+                "Free some space and run the same command again: it continues",
+            ) from error
     return True
 
 
@@ -180,6 +239,8 @@ def unpack(name: str, tensors: Mapping[str, Tensor], entry: MatrixPlan) -> Quant
 def expected_tensors(name: str, entry: MatrixPlan, scale_dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """safetensors dtype and shape of every tensor that a matrix has on disk."""
     rows, columns = entry.shape
+    if entry.is_embedding:
+        return {}
     if entry.bits == 16:
         return {f"{name}.weight": (scale_dtype, (rows, columns))}
     per_word = 32 // entry.bits
@@ -211,7 +272,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
         config_groups=groups,
         format="pack-quantized",
         quantization_status="compressed",
-        ignore=[n for n, m in plan.matrices.items() if m.bits == 16] + ["lm_head"],
+        ignore=[n for n, m in plan.matrices.items() if m.bits == 16] + ([] if HEAD in plan.matrices else [HEAD]),
     )
     counts = {str(bits): count for bits, count in plan.counts().items()}
     return config.model_dump(mode="json", exclude_none=True) | {
@@ -276,6 +337,12 @@ def check_tensors(files: ModelFiles, plan: Plan) -> None:
         raise ValueError(
             f"quantization_config in {files.path / 'config.json'} does not follow from {PLAN_FILE}; restore it"
         )
+    head = plan.matrices.get(HEAD)
+    if head is not None and head.tied and head.bits < 16 and files.config.get("tie_word_embeddings", True):
+        raise ValueError(
+            f"{files.path / 'config.json'} ties the head to the embedding, but the plan gives it {head.bits} bits: "
+            "set tie_word_embeddings to false, or write the checkpoint again with `taq quantize`"
+        )
     scale_dtype = {"bfloat16": "BF16", "float16": "F16"}[files.config.get("dtype") or files.config["torch_dtype"]]
     for name, entry in plan.matrices.items():
         expected = expected_tensors(name, entry, scale_dtype)
@@ -287,26 +354,40 @@ def check_tensors(files: ModelFiles, plan: Plan) -> None:
             )
 
 
-def _made_by(files: ModelFiles, plan: Plan, calibration: Calibration, task: Task | None, device: str) -> dict[str, Any]:
+def _made_by(model: StreamedModel, plan: Plan, calibration: Calibration, task: Task | None) -> dict[str, Any]:
     """Everything that the bytes of a checkpoint depend on."""
+    files = model.files
     record: dict[str, Any] = {
         "taq_vllm": __version__,
         "base_fingerprint": files.ref.fingerprint,
         "plan_sha256": plan.sha256(),
         "method": calibration.method,
+        "settings": settings_of(calibration.method, calibration.settings).model_dump(mode="json"),
         "companions": {file.name: _sha256(file) for file in [files.path / "config.json", *_companions(files)]},
     }
-    if calibration.method == "clip":
-        assert task is not None
-        if not task.calibration:
+    if method_named(calibration.method).READS_INPUTS:
+        examples, general = calibration.counts(task)
+        if task is not None and not task.calibration and calibration.mix_general < 1:
             raise ValueError(
                 f"{task.path} has no calibration examples: add `calibration: FILE` to it, or use --method rtn"
             )
-        examples = min(calibration.examples, len(task.calibration))
-        ref = TaskRef(name=task.name, data_sha256=task.calibration_sha256, examples=examples)
-        # Ranges depend on the inputs, and these in their last bits on what computes them.
-        computed = {"device": torch.device(device).type, "dtype": str(StreamedModel(files, device).compute_dtype)}
-        record |= {"calibration": asdict(calibration), "task": ref.model_dump(), "computed": computed}
+        if examples + general < world()[1]:
+            raise ValueError(f"got {examples + general} examples for {world()[1]} processes; give each at least one")
+        # Codes depend on the inputs, and these in their last bits on what computes them.
+        record["computed"] = {
+            "device": model.device.type,
+            "dtype": str(model.compute_dtype),
+            "processes": world()[1],
+        }
+        names = ("examples", "max_tokens", "batch_size", "inputs", "mix_general")
+        record["calibration"] = {name: getattr(calibration, name) for name in names}
+        if examples:
+            assert task is not None
+            ref = TaskRef(name=task.name, data_sha256=task.calibration_sha256, examples=examples)
+            record["task"] = ref.model_dump()
+        if general:
+            assert calibration.general is not None
+            record["general"] = {"sha256": calibration.general.sha256, "examples": general}
     return record
 
 
@@ -384,131 +465,251 @@ def _check_free_space(output: Path, plan: Plan, partial: Path) -> None:
 
 
 class _Shards:
-    """The safetensors files of a checkpoint in the making: written whole, recorded, found again after a kill."""
+    """The safetensors files of a checkpoint in the making: written whole, recorded, found again after a kill.
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self._folder = folder
+    Attributes:
+        folder: of the files.
+        done: sha256 of what is there, by file name.
+    """
+
+    def __init__(self, folder: Path, count: int, done: dict[str, str]) -> None:
+        self.folder = folder
+        self.done = done
         self._count = count
-        self._journal = folder / _JOURNAL
-        self.done: dict[str, str] = {}
-        if self._journal.is_file():
-            for line in self._journal.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # cut off by a killed run: that block is written again
-                file = folder / entry["file"]
-                if file.is_file() and _sha256(file) == entry["sha256"]:
-                    self.done[entry["file"]] = entry["sha256"]
+
+    @staticmethod
+    def finished(folder: Path) -> dict[str, str]:
+        """sha256 of the files that are recorded and whole, by name."""
+        done = {}
+        journal = folder / _JOURNAL
+        for line in journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else []:
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # cut off by a killed run: that block is written again
+            file = folder / entry["file"]
+            if file.is_file() and _sha256(file) == entry["sha256"]:
+                done[entry["file"]] = entry["sha256"]
+        return done
 
     def name(self, number: int) -> str:
         return f"model-{number + 1:05d}-of-{self._count:05d}.safetensors"
 
     def load(self, number: int) -> dict[str, Tensor] | None:
         """The tensors of a shard that is already there."""
-        return load_file(self._folder / self.name(number)) if self.name(number) in self.done else None
+        return load_file(self.folder / self.name(number)) if self.name(number) in self.done else None
 
-    def save(self, number: int, tensors: dict[str, Tensor]) -> None:
-        file = self._folder / self.name(number)
-        content = serialize({name: tensors[name] for name in sorted(tensors)}, metadata={"format": "pt"})
-        with file.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        self.done[file.name] = hashlib.sha256(content).hexdigest()
-        with self._journal.open("a", encoding="utf-8") as stream:
+    def save(self, number: int, tensors: Mapping[str, "_Lazy"]) -> None:
+        """Write a shard, one tensor in memory at a time, and record it."""
+        self.done[self.name(number)] = first(lambda: self._write(self.name(number), tensors))
+
+    def _write(self, name: str, tensors: Mapping[str, "_Lazy"]) -> str:
+        # Wide types first, as safetensors itself does: each tensor then begins at a multiple of its type's size.
+        order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
+        announced = {key: (tensors[key].dtype, tensors[key].shape) for key in order}
+        digest = write_tensors(self.folder / name, announced, lambda key: tensors[key].read(), {"format": "pt"})
+        with (self.folder / _JOURNAL).open("a", encoding="utf-8") as stream:
             # The leading newline ends a line that a killed run may have left open.
-            stream.write("\n" + json.dumps({"file": file.name, "sha256": self.done[file.name]}) + "\n")
+            stream.write("\n" + json.dumps({"file": name, "sha256": digest}) + "\n")
+        return digest
 
 
-def _write_blocks(
-    files: ModelFiles, plan: Plan, partial: Path, calibration: Calibration, task: Task | None, device: str
-) -> dict[str, str]:
-    """One shard per block, then one for everything outside the blocks; their sha256 by file name."""
-    model = StreamedModel(files, device)
-    shards = _Shards(partial, model.layers + 1)
+@dataclass(frozen=True)
+class _Lazy:
+    """A tensor of a shard; what stays as it is in the model is read when it is written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Lazy":
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+
+class _States:
+    """Hidden states between two blocks, kept beside the shards so that a killed run need not make them again."""
+
+    def __init__(self, model: StreamedModel, folder: Path) -> None:
+        self._model = model
+        self._folder = folder
+
+    def _file(self, blocks: int, chain: int) -> Path:
+        return self._folder / f"{_STATES}-{blocks:05d}-{chain}-{world()[0]}.safetensors"
+
+    def load(self, chains: int) -> tuple[list[HiddenStates], int] | None:
+        """What every process has, furthest on: hidden states and the number of blocks that they have been through."""
+        files = [[self._file(blocks, chain) for chain in range(chains)] for blocks in range(self._model.layers + 1)]
+        here = torch.tensor([all(file.is_file() for file in wanted) for wanted in files], dtype=torch.int32)
+        everywhere = (total(here) == world()[1]).nonzero().flatten().tolist()
+        if not everywhere:
+            return None
+        found = [self._model.resume(file) for file in files[everywhere[-1]]]
+        return [hidden for hidden, _ in found], everywhere[-1]
+
+    def save(self, chains: list[HiddenStates], blocks: int) -> None:
+        """Keep these; those of the block before go when these are whole."""
+        for chain, hidden in enumerate(chains):
+            hidden.save(self._file(blocks, chain), blocks)
+        total(torch.zeros(1))  # all processes have saved theirs
+        for chain in range(len(chains)):
+            self._file(blocks - 1, chain).unlink(missing_ok=True)
+
+
+def _write_shards(
+    model: StreamedModel, plan: Plan, shards: _Shards, calibration: Calibration, task: Task | None
+) -> None:
+    """One shard per block, then one for everything outside the blocks."""
+    method = method_named(calibration.method)
+    fit = bind(method.fit_block, settings=settings_of(calibration.method, calibration.settings))
     batches: list[Batch] = []
-    hidden = HiddenStates([])
-    if calibration.method == "clip":
-        sequences = calibration_sequences(model, task, calibration.examples, with_completion=True)
-        batches = make_batches(sequences, calibration.batch_size, calibration.max_tokens)
-        hidden = model.embed(batches)
+    chains: list[HiddenStates] = []  # entering the next block; the full-precision model's second, where it is needed
+    ahead = 0
+    states = _States(model, shards.folder)
+    if method.READS_INPUTS:
+        batches = make_batches(_sequences(model, calibration, task), calibration.batch_size, calibration.max_tokens)
+        both = method.READS_OUTPUTS and calibration.inputs == "quantized"
+        resumed = states.load(2 if both else 1)
+        chains, ahead = resumed or ([model.embed(batches) for _ in range(2 if both else 1)], 0)
     for layer in track(range(model.layers), f"quantize: {calibration.method}", model.layers):
-        tensors = shards.load(layer)
-        if tensors is not None and not batches:
+        stored = shards.load(layer)
+        if stored is not None and (not batches or layer < ahead):
             continue
-        with model.block(layer) as block:
-            prefix = f"model.layers.{layer}."
-            entries = {name: plan.matrices[prefix + name] for name in matrices_of(block)}
-            if calibration.inputs == "full":
-                after = hidden.map(lambda states, layer=layer, block=block: model.run(layer, block, states))
-            if tensors is None:
-                importance = _input_energy(model, layer, block, batches, hidden) if batches else {}
-                tensors = _quantize_block(prefix, block, entries, importance, model.dtype)
-                shards.save(layer, tensors)
-            if batches and calibration.inputs == "quantized":
-                for name, module in matrices_of(block).items():
-                    if entries[name].bits < 16:
-                        replace_weight(module, unpack(prefix + name, tensors, entries[name]).dequantize())
-                after = hidden.map(lambda states, layer=layer, block=block: model.run(layer, block, states))
+        assert layer >= ahead, "hidden states of a block that is not written"
+        prefix = f"model.layers.{layer}."
+        with model.block(layer) as module:
+            entries = {name: plan.matrices[prefix + name] for name in matrices_of(module)}
+            run = bind(model.run, layer, module)
+            block = Block(module, entries, bind(model.run_with_gradient, layer), model.dtype, batches)
+            after = None
             if batches:
-                hidden = after
+                _check_weights(prefix, block)
+                if calibration.inputs == "full":
+                    after = chains[0].map(run)
+                elif len(chains) > 1:
+                    chains[1].replace(run)
+                    after = chains[1]
+                target = after if method.READS_OUTPUTS else None
+                block = Block(module, entries, block.apply, model.dtype, batches, chains[0], target)
+            if stored is None:
+                tensors = _fitted_tensors(prefix, block, fit)
+                shards.save(layer, {name: _Lazy.of(tensor) for name, tensor in tensors.items()})
+                # Of several processes all go on with what the first has written.
+                stored = tensors if world()[0] == 0 else shards.load(layer)
+            if batches:
+                if calibration.inputs == "full":
+                    chains[0] = after
+                else:
+                    _put_back(prefix, module, stored, entries)
+                    chains[0].replace(run)
+                states.save(chains, layer + 1)
     if shards.name(model.layers) not in shards.done:
-        outside = [name for name in files.tensors if not name.startswith("model.layers.")]
-        shards.save(model.layers, {name: files.read(name).to(model.dtype) for name in outside})
-    return shards.done
+        shards.save(model.layers, _outside(model, plan, fit, batches, chains))
 
 
-def _input_energy(
-    model: StreamedModel, layer: int, block: torch.nn.Module, batches: Sequence[Batch], hidden: HiddenStates
-) -> dict[str, Tensor]:
-    """E[x_k^2] over the real tokens for every matrix's inputs: [K] float64 by the matrix's name in the block."""
-    sums: dict[str, Tensor] = {}
-    is_token: Tensor | None = None
-    tokens = 0
+def _sequences(model: StreamedModel, calibration: Calibration, task: Task | None) -> list[Any]:
+    """This process's share of the calibration set, as tokens."""
+    examples, general = calibration.counts(task)
+    sequences = calibration_sequences(model, task, examples, with_completion=True) if examples else []
+    if general:
+        sequences = sequences + calibration.general.sequences(model, general, calibration.max_tokens)
+    return share(sequences)
 
-    def observe(name: str, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        energy = inputs[0][is_token].float().square().sum(0).double()
-        sums[name] = sums[name] + energy if name in sums else energy
 
-    handles = [
-        module.register_forward_pre_hook(lambda module, inputs, name=name: observe(name, module, inputs))
-        for name, module in matrices_of(block).items()
-    ]
+def _check_weights(prefix: str, block: Block) -> None:
+    for name, matrix in block.matrices.items():
+        if not torch.isfinite(matrix.weight).all():
+            raise ValueError(
+                f"{prefix}{name}: got weights that are not finite; the checkpoint is damaged or its dtype overflowed"
+            )
+
+
+def _fitted_tensors(prefix: str, block: Block, fit: Callable[[Block], dict[str, Quantized]]) -> dict[str, Tensor]:
+    """A block's tensors as they go to disk, by full name."""
+    _check_weights(prefix, block)
     try:
-        for batch, states in zip(batches, hidden, strict=True):
-            is_token = batch.is_token.to(states.device)
-            tokens += int(is_token.sum())
-            model.run(layer, block, states)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: total / tokens for name, total in sums.items()}
-
-
-def _quantize_block(
-    prefix: str,
-    block: torch.nn.Module,
-    entries: Mapping[str, MatrixPlan],
-    importance: Mapping[str, Tensor],
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    """A block's tensors as they go to disk, by full name; `dtype` is the checkpoint's."""
-    tensors = {prefix + name: tensor.to("cpu", dtype).contiguous() for name, tensor in block.state_dict().items()}
-    for name, module in matrices_of(block).items():
-        entry = entries[name]
-        if entry.bits == 16:
-            continue
-        weight = tensors.pop(f"{prefix}{name}.weight").to(module.weight.device)
-        try:
-            if importance:
-                quantized = search_clip(weight, entry.bits, entry.symmetric, importance[name])
-            else:
-                quantized = quantize(weight, entry.bits, entry.symmetric)
-        except ValueError as error:
-            raise ValueError(f"{prefix}{name}: {error}") from error
+        fitted = fit(block) if block.matrices else {}
+    except ValueError as error:
+        raise ValueError(f"{prefix.removesuffix('.')}: {error}") from error
+    tensors = {}
+    for name, quantized in fitted.items():
         tensors |= pack(prefix + name, quantized)
+    weights = {f"{name}.weight" for name in fitted}
+    for name, tensor in block.module.state_dict().items():
+        if name not in weights:
+            tensors[prefix + name] = tensor.to("cpu", block.dtype).contiguous()
     return tensors
+
+
+def _put_back(prefix: str, module: nn.Module, stored: Mapping[str, Tensor], entries: Mapping[str, MatrixPlan]) -> None:
+    """Give a block the weights that its shard stands for: all of them, a method may have changed any."""
+    state = {}
+    for name, old in module.state_dict().items():
+        matrix = name.removesuffix(".weight")
+        if prefix + name in stored:
+            new = stored[prefix + name]
+        else:
+            new = unpack(prefix + matrix, stored, entries[matrix]).dequantize()
+        state[name] = new.to(old.device, old.dtype)
+    module.load_state_dict(state, assign=True)
+
+
+class _HeadRows(nn.Module):
+    """Some rows of the head behind the final norm: a block of one matrix."""
+
+    def __init__(self, norm: nn.Module, weight: Tensor) -> None:
+        super().__init__()
+        self.norm = norm
+        self.lm_head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.lm_head(self.norm(states))
+
+
+def _outside(
+    model: StreamedModel,
+    plan: Plan,
+    fit: Callable[[Block], dict[str, Quantized]],
+    batches: list[Batch],
+    chains: list[HiddenStates],
+) -> dict[str, _Lazy]:
+    """The tensors of the last shard: everything outside the blocks, the head as planned."""
+    files = model.files
+    head = plan.matrices.get(HEAD)
+    names = [name for name in files.tensors if not name.startswith("model.layers.")]
+    tensors: dict[str, _Lazy] = {}
+    if head is not None and head.bits < 16:
+        names = [name for name in names if name != f"{HEAD}.weight"]
+        tensors = {name: _Lazy.of(tensor) for name, tensor in _head_tensors(model, head, fit, batches, chains).items()}
+    for name in names:
+        shape = files.tensors[name].shape
+        tensors[name] = _Lazy(model.dtype, shape, lambda name=name: files.read(name).to(model.dtype))
+    return tensors
+
+
+def _head_tensors(
+    model: StreamedModel,
+    head: MatrixPlan,
+    fit: Callable[[Block], dict[str, Quantized]],
+    batches: list[Batch],
+    chains: list[HiddenStates],
+) -> dict[str, Tensor]:
+    """The quantized head. Its rows do not depend on each other, so some are fitted at a time."""
+    rows, columns = head.shape
+    # A multiple of the rows that share a word of packed zero points.
+    rows_at_once = max(32, _HEAD_WEIGHTS // columns // 32 * 32)
+    parts: list[dict[str, Tensor]] = []
+    with model.head() as loaded:
+        for start in range(0, rows, rows_at_once):
+            weight = loaded.weight[start : start + rows_at_once].to(model.compute_dtype)
+            entries = {HEAD: head.model_copy(update={"shape": tuple(weight.shape)})}
+            module = _HeadRows(loaded.norm, weight)
+            block = Block(module, entries, lambda call, states: call(states), model.dtype, batches, *chains[:1])
+            _check_weights("", block)
+            parts.append(pack(HEAD, fit(block)[HEAD]))
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return tensors | {f"{HEAD}.weight_shape": torch.tensor([rows, columns], dtype=torch.int64)}
 
 
 def _write_rest(
@@ -525,6 +726,8 @@ def _write_rest(
     dtype = "float16" if (files.config.get("dtype") or files.config.get("torch_dtype")) == "float16" else "bfloat16"
     config = {k: v for k, v in files.config.items() if k != "torch_dtype"}
     config |= {"dtype": dtype, "quantization_config": quantization_config(plan)}
+    if HEAD in plan.matrices and plan.matrices[HEAD].bits < 16:
+        config["tie_word_embeddings"] = False
     write_atomically(partial / "config.json", json.dumps(config, indent=2) + "\n")
     for file in _companions(files):
         shutil.copyfile(file, partial / file.name)

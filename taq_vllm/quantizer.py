@@ -4,26 +4,25 @@ Rows are cut into groups of 128 input features. A group with scale s and zero po
 code = clamp(round(w / s) + z, 0, 2^bits - 1) and stands for (code - z) * s. Codes are always computed with the
 scale as it is stored (rounded to the model's dtype), so what is written is what was measured.
 
-`rtn` takes the range from minimum and maximum and needs no data. `clip` (arXiv 2511.06516, eq. 6 with the layer's
-weighted weight error as discrepancy) shrinks each group's range to the ratio that minimises
-sum_k E[x_k^2] (w_k - q_k)^2, with E[x_k^2] measured on the task's own inputs. Neither changes the scale's layout,
-so both write the same checkpoint format.
+Codes have 2 to 8 bits. `quantize` takes the range from minimum and maximum and needs no data. `search_clip` (arXiv
+2511.06516, eq. 6 with the layer's weighted weight error as discrepancy) shrinks each group's range to the ratio that
+minimises sum_k E[x_k^2] (w_k - q_k)^2, with E[x_k^2] measured on the task's own inputs. The methods of `methods/` are
+built from these two; none changes the scale's layout, so all write the same checkpoint format.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from taq_vllm.plan import GROUP_SIZE
-
-Method = Literal["rtn", "clip"]
+from taq_vllm.plan import GROUP_SIZE, STUDY_BITS
 
 # Ratios of the full range tried by `clip`. On the lab model's matrices half the step gains another 0.5% of the loss,
 # and no group chooses less than 0.6 at 4 bits.
 CLIP_RATIOS = tuple(1 - 0.05 * step for step in range(9))
+# With 4 or 8 levels the best range of a normal distribution is far inside its extremes.
+CLIP_RATIOS_BELOW_4_BITS = tuple(1 - 0.05 * step for step in range(15))
 
 # Weights per chunk of rows in the search: its temporaries stay near 64 MB in float32.
 _CHUNK_WEIGHTS = 1 << 22
@@ -34,7 +33,7 @@ class Quantized:
     """One weight matrix as integer codes.
 
     Attributes:
-        bits: 4 or 8.
+        bits: 2 to 8.
         symmetric: the zero point is 2^(bits-1) everywhere and is not stored.
         codes: [N, K] uint8, 0 .. 2^bits - 1.
         scale: [N, K / 128] in the weight's dtype.
@@ -55,19 +54,21 @@ class Quantized:
         return weight.view(rows, columns).to(self.scale.dtype)
 
 
-def quantize(weight: Tensor, bits: int, symmetric: bool) -> Quantized:
+def quantize(weight: Tensor, bits: int, symmetric: bool, dtype: torch.dtype | None = None) -> Quantized:
     """Round to nearest over each group's full range (`rtn`).
 
     Args:
         weight: [N, K] bf16, fp16 or fp32; K a multiple of 128.
-        bits: 4 or 8.
+        bits: 2 to 8.
         symmetric: range [-max|w|, max|w|]; else [min(w, 0), max(w, 0)].
+        dtype: of the stored scale; the weight's if not given.
 
     Raises:
         ValueError: K is not a multiple of 128, or a weight is not finite.
     """
-    groups = _groups(weight, bits)
-    return _flatten(groups, *_round(groups, bits, symmetric, 1.0, weight.dtype), bits, symmetric)
+    return _in_chunks(
+        weight, bits, lambda groups: _round(groups, bits, symmetric, 1.0, dtype or weight.dtype), symmetric
+    )
 
 
 def search_clip(
@@ -75,16 +76,19 @@ def search_clip(
     bits: int,
     symmetric: bool,
     importance: Tensor,
-    ratios: Sequence[float] = CLIP_RATIOS,
+    ratios: Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Quantized:
     """Round to nearest over the range that loses least on the task's inputs (`clip`).
 
     Args:
         weight: [N, K] bf16, fp16 or fp32; K a multiple of 128.
-        bits: 4 or 8.
+        bits: 2 to 8.
         symmetric: as in `quantize`.
         importance: [K] float, E[x_k^2] of the matrix's inputs.
-        ratios: fractions of each group's full range to try; the first wins ties.
+        ratios: fractions of each group's full range to try; the first wins ties. `CLIP_RATIOS` if not given, and more
+            below 4 bits.
+        dtype: of the stored scale; the weight's if not given.
 
     Raises:
         ValueError: K is not a multiple of 128, or a weight or an importance is not finite.
@@ -95,28 +99,45 @@ def search_clip(
         )
     if not torch.isfinite(importance).all():
         raise ValueError("got activations that are not finite; check the model's weights with `taq verify`")
-    groups = _groups(weight, bits)
     importance = importance.to(torch.float32).view(1, -1, GROUP_SIZE)
-    rows_per_chunk = max(1, _CHUNK_WEIGHTS // weight.shape[1])
-    chunks = [
-        _search_chunk(chunk, bits, symmetric, importance, ratios, weight.dtype)
-        for chunk in groups.split(rows_per_chunk)
-    ]
-    codes, scale, zero_point = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    return _flatten(groups, codes, scale, zero_point, bits, symmetric)
+    if ratios is None:
+        ratios = CLIP_RATIOS if bits >= 4 else CLIP_RATIOS_BELOW_4_BITS
+    return _in_chunks(
+        weight,
+        bits,
+        lambda groups: _search_chunk(groups, bits, symmetric, importance, ratios, dtype or weight.dtype),
+        symmetric,
+    )
 
 
-def _groups(weight: Tensor, bits: int) -> Tensor:
-    """[N, K] to [N, K / 128, 128] float32, checked."""
-    if bits not in (4, 8):
-        raise ValueError(f"got {bits} bits; codes have 4 or 8, and 16 is the weight as it is")
-    rows, columns = weight.shape
+def _in_chunks(
+    weight: Tensor, bits: int, quantize_groups: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], symmetric: bool
+) -> Quantized:
+    """Quantize some rows at a time, so that no float32 copy of the whole matrix is made.
+
+    Args:
+        weight: [N, K].
+        bits: 2 to 8.
+        quantize_groups: [n, K / 128, 128] float32 to codes of that shape, scales and zero points [n, K / 128].
+        symmetric: recorded in the result.
+
+    Raises:
+        ValueError: bits, K or weights that cannot be.
+    """
+    if bits not in STUDY_BITS or bits == 16:
+        raise ValueError(f"got {bits} bits; codes have 2 to 8, and 16 is the weight as it is")
+    columns = weight.shape[1]
     if columns % GROUP_SIZE:
         raise ValueError(f"got {columns} in-features, which {GROUP_SIZE} does not divide; leave this matrix at 16 bits")
-    groups = weight.float().view(rows, columns // GROUP_SIZE, GROUP_SIZE)
-    if not torch.isfinite(groups).all():
-        raise ValueError("got weights that are not finite; the checkpoint is damaged or its dtype overflowed")
-    return groups
+    parts = []
+    for chunk in weight.split(max(1, _CHUNK_WEIGHTS // columns)):
+        groups = chunk.float().view(-1, columns // GROUP_SIZE, GROUP_SIZE)
+        if not torch.isfinite(groups).all():
+            raise ValueError("got weights that are not finite; the checkpoint is damaged or its dtype overflowed")
+        codes, scale, zero_point = quantize_groups(groups)
+        parts.append((codes.to(torch.uint8).view(-1, columns), scale, zero_point.to(torch.uint8)))
+    codes, scale, zero_point = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Quantized(bits=bits, symmetric=symmetric, codes=codes, scale=scale, zero_point=zero_point)
 
 
 def _round(
@@ -167,13 +188,3 @@ def _search_chunk(
             torch.where(better, zero_point, best[2]),
         )
     return best
-
-
-def _flatten(groups: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool) -> Quantized:
-    return Quantized(
-        bits=bits,
-        symmetric=symmetric,
-        codes=codes.to(torch.uint8).view(groups.shape[0], -1),
-        scale=scale,
-        zero_point=zero_point.to(torch.uint8),
-    )

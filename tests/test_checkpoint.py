@@ -145,7 +145,7 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(files, plan, ta
         "save = c._Shards.save\n"
         "def kill_in_the_second(self, number, tensors):\n"
         "    if number == 1:\n"
-        "        (self._folder / self.name(number)).write_bytes(b'half')\n"
+        "        (self.folder / self.name(number)).write_bytes(b'half')\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    save(self, number, tensors)\n"
         "c._Shards.save = kill_in_the_second\n"
@@ -171,7 +171,7 @@ def test_killed_just_before_the_end_nothing_is_quantized_again(files, plan, tmp_
     with pytest.raises(KeyboardInterrupt):
         quantize_model(files, plan, tmp_path / "out", RTN)
     monkeypatch.undo()
-    monkeypatch.setattr("taq_vllm.checkpoint.quantize", None)
+    monkeypatch.setattr("taq_vllm.methods.rtn.quantize", None)
     assert quantize_model(files, plan, tmp_path / "out", RTN) is True
     verify(tmp_path / "out")
 

@@ -4,9 +4,9 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from taq_vllm.quantizer import quantize, search_clip
+from taq_vllm.quantizer import CLIP_RATIOS, quantize, search_clip
 
-CASES = [(bits, symmetric) for bits in (4, 8) for symmetric in (True, False)]
+CASES = [(bits, symmetric) for bits in (2, 3, 4, 5, 6, 7, 8) for symmetric in (True, False)]
 
 
 def weights(rows=24, columns=256, seed=0, dtype=torch.bfloat16):
@@ -25,7 +25,7 @@ def test_no_weight_moves_by_more_than_half_a_step(bits, symmetric):
     assert ((quantized.dequantize() - weight).abs()[inside] <= 0.5001 * step[inside]).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 def test_rtn_agrees_with_compressed_tensors_own_arithmetic(bits):
     weight = weights(dtype=torch.float32)
     for symmetric in (True, False):
@@ -74,8 +74,26 @@ def test_clip_never_loses_more_than_rtn_where_it_counts(bits, symmetric):
 
     clipped, plain = search_clip(weight, bits, symmetric, importance), quantize(weight, bits, symmetric)
     assert loss(clipped) <= loss(plain)
-    if bits == 4:
+    if bits <= 4:
         assert loss(clipped) < 0.6 * loss(plain)
+
+
+def test_ranges_below_4_bits_are_searched_further_inside():
+    weight, importance = weights(rows=64, columns=1024, dtype=torch.float32).pow(3), torch.ones(1024)
+
+    def loss(**ratios):
+        return (search_clip(weight, 2, False, importance, **ratios).dequantize() - weight).square().sum()
+
+    assert loss() < 0.9 * loss(ratios=CLIP_RATIOS)
+
+
+def test_the_scale_may_be_stored_in_another_dtype_than_the_weights():
+    weight = weights(dtype=torch.float32)
+    for quantized in (
+        quantize(weight, 4, False, dtype=torch.float16),
+        search_clip(weight, 4, False, torch.ones(256), dtype=torch.float16),
+    ):
+        assert quantized.scale.dtype == torch.float16
 
 
 def test_clip_with_only_the_full_range_is_rtn():
@@ -103,7 +121,7 @@ def test_bad_weights_and_shapes_are_refused():
         quantize(torch.ones(4, 100), 4, True)
     with pytest.raises(ValueError, match="not finite"):
         quantize(torch.full((4, 128), float("nan")), 4, True)
-    with pytest.raises(ValueError, match="got 5 bits"):
-        quantize(torch.ones(4, 128), 5, True)
+    with pytest.raises(ValueError, match="got 9 bits"):
+        quantize(torch.ones(4, 128), 9, True)
     with pytest.raises(ValueError, match="one per input feature"):
         search_clip(torch.ones(4, 128), 4, True, torch.ones(64))

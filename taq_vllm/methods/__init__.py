@@ -1,0 +1,13 @@
+"""Methods: how scales, zero points and codes are found once the bits are fixed. One file each; adding a file adds one.
+
+A method is a module of this package with
+
+- `Settings`: a pydantic model of its own settings;
+- `READS_INPUTS`: whether it needs the task's calibration examples;
+- `READS_OUTPUTS`: whether it needs the full-precision outputs of each block as well (`Block.target`);
+- `fit_block(block, settings) -> dict[str, Quantized]`: the codes of every matrix of `block.entries` that has fewer
+  than 16 bits, by its name in the block. A method may change the other weights of the block in place (norms, biases,
+  matrices at 16 bits); what it leaves there is what is stored.
+
+`fitting.py` has what they share; `checkpoint.py` runs one over a model.
+"""

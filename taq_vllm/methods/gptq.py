@@ -1,0 +1,165 @@
+"""`gptq`: rounding one input feature after the other, each error made up for by the features not rounded yet.
+
+Minimises tr((Q - W) H (Q - W)^T) with H = sum_t x_t x_t^T over the task's tokens (arXiv 2210.17323). With R upper
+triangular and H^-1 = R^T R, feature k is rounded and the rest moves by -(w_k - q_k) / R_kk * R_k,k+1.. . A group's
+scale is found when its first feature is reached, from the weights as they are by then.
+
+Matrices are fitted in the order in which they run, from the inputs that the block gives with the earlier ones already
+rounded (`sequential`). Memory beside the block: for the input at hand two float32 [K, K] matrices (K = 14336: 1.6 GB)
+and three float32 copies of one weight matrix.
+"""
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from taq_vllm.distributed import total
+from taq_vllm.fitting import Block
+from taq_vllm.plan import GROUP_SIZE
+from taq_vllm.quantizer import Quantized, quantize, search_clip
+from taq_vllm.stream import replace_weight
+
+READS_INPUTS = True
+READS_OUTPUTS = False
+
+
+class Settings(BaseModel):
+    """How codes are found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    damping: float = Field(default=0.01, gt=0, le=1)
+    """Added to H's diagonal, as a share of its mean."""
+    clip: bool = True
+    """Search each group's range with H's diagonal as importance, else take it from minimum and maximum."""
+    sequential: bool = True
+    """Inputs come from the block with its earlier matrices rounded; else from the block in full precision."""
+    act_order: bool = False
+    """Features with the largest H_kk first. Groups stay contiguous, so scales come from the weights as given."""
+
+
+def fit_block(block: Block, settings: Settings) -> dict[str, Quantized]:
+    """The codes of every matrix below 16 bits."""
+    fitted: dict[str, Quantized] = {}
+    for names in block.groups():
+        hessian = sum_outer_products(block, names[0])
+        order = factor = None
+        for name in names:
+            weight = block.matrices[name].weight
+            if factor is None:
+                order = hessian.diagonal().argsort(descending=True, stable=True) if settings.act_order else None
+                energy = hessian.diagonal().clone()
+                factor = inverse_factor(hessian, settings.damping, order)
+                del hessian
+            entry = block.entries[name]
+            fitted[name] = round_with(factor, weight, entry.bits, entry.symmetric, energy, block.dtype, settings, order)
+            if settings.sequential:
+                replace_weight(block.matrices[name], fitted[name].dequantize())
+    return fitted
+
+
+def sum_outer_products(block: Block, name: str) -> Tensor:
+    """H = sum_t x_t x_t^T / tokens of one matrix's inputs: [K, K] float32."""
+    columns = block.entries[name].shape[1]
+    hessian = torch.zeros(columns, columns, device=block.device)
+
+    def add(name: str, inputs: Tensor) -> None:
+        inputs = inputs.float()
+        hessian.addmm_(inputs.T, inputs)
+
+    block.observe([name], add)
+    return total(hessian).div_(block.tokens())
+
+
+def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
+    """R, upper triangular, with (H + damping * mean diagonal)^-1 = R^T R.
+
+    Args:
+        hessian: [K, K] float32; overwritten.
+        damping: raised tenfold until the factorization succeeds.
+        order: [K] of features, in which they are rounded.
+
+    Raises:
+        ValueError: no damping helps.
+    """
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1  # features that no token has: nothing to make up for
+    mean = diagonal.mean()
+    if order is not None:
+        hessian = hessian[order][:, order]
+    # H = U U^T with U upper is the Cholesky factor of H with both axes reversed; then R = U^-1.
+    reversed_ = hessian.flip(0, 1)
+    added = 0.0
+    while damping <= 1:
+        reversed_.diagonal().add_((damping - added) * mean)
+        added = damping
+        lower, failed = torch.linalg.cholesky_ex(reversed_)
+        if not failed:
+            identity = torch.eye(len(lower), device=lower.device)
+            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+        damping *= 10
+    raise ValueError("got activations whose second moments are not positive definite; use more calibration examples")
+
+
+def round_with(
+    factor: Tensor,
+    weight: Tensor,
+    bits: int,
+    symmetric: bool,
+    energy: Tensor,
+    dtype: torch.dtype,
+    settings: Settings,
+    order: Tensor | None = None,
+) -> Quantized:
+    """Round one matrix, feature by feature.
+
+    Args:
+        factor: [K, K] float32 upper triangular, of `inverse_factor`.
+        weight: [N, K].
+        bits: 2 to 8.
+        symmetric: as in `quantizer.quantize`.
+        energy: [K], E[x_k^2].
+        dtype: of the scales.
+        settings: whether ranges are searched.
+        order: [K], the order of `factor`; scales then come from `weight` as it is.
+    """
+
+    def ranges(group: Tensor, columns: slice) -> Quantized:
+        if settings.clip:
+            return search_clip(group, bits, symmetric, energy[columns], dtype=dtype)
+        return quantize(group, bits, symmetric, dtype)
+
+    rows, columns = weight.shape
+    levels = 2**bits - 1
+    transposed = weight.float().T.contiguous()  # features are rows: what is read and written together lies together
+    fixed = None
+    if order is not None:
+        fixed = ranges(weight.float(), slice(None))
+        transposed = transposed[order]
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
+    scales, zero_points = [], []
+    for start in range(0, columns, GROUP_SIZE):
+        end = start + GROUP_SIZE
+        if fixed is None:
+            found = ranges(transposed[start:end].T, slice(start, end))
+            scales.append(found.scale)
+            zero_points.append(found.zero_point)
+            scale = found.scale.float().T.expand(GROUP_SIZE, rows)
+            zero_point = found.zero_point.float().T.expand(GROUP_SIZE, rows)
+        else:
+            groups = order[start:end] // GROUP_SIZE
+            scale, zero_point = fixed.scale.float().T[groups], fixed.zero_point.float().T[groups]
+        local = factor[start:end, start:end]
+        block, errors = transposed[start:end], torch.empty(GROUP_SIZE, rows, device=weight.device)
+        for k in range(GROUP_SIZE):
+            code = (block[k] / scale[k]).round_().add_(zero_point[k]).clamp_(0, levels)
+            codes[start + k] = code
+            restored = code.sub_(zero_point[k]).mul_(scale[k])
+            torch.sub(block[k], restored, out=errors[k]).div_(local[k, k])
+            block[k + 1 :].addr_(local[k, k + 1 :], errors[k], alpha=-1)
+        transposed[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    if fixed is not None:
+        codes, unordered = torch.empty_like(codes), codes
+        codes[order] = unordered
+        return Quantized(bits, symmetric, codes.T.contiguous(), fixed.scale, fixed.zero_point)
+    return Quantized(bits, symmetric, codes.T.contiguous(), torch.cat(scales, 1), torch.cat(zero_points, 1))
