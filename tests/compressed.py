@@ -50,8 +50,14 @@ def config_dict(bits_of, ignore=()):
 
 
 def compress_checkpoint(source, target, bits_of):
-    """Quantize a checkpoint with round-to-nearest; linear layers that are not named stay at 16 bits."""
+    """Quantize a checkpoint with round-to-nearest; linear layers that are not named stay at 16 bits.
+
+    A tied head that is named becomes a matrix of its own.
+    """
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    if "lm_head" in bits_of and model.config.tie_word_embeddings:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     ignore = [name for name in linears if name not in bits_of]
     apply_quantization_config(model, QuantizationConfig(config_groups=groups_of(bits_of), ignore=ignore))

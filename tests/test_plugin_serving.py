@@ -102,12 +102,14 @@ def assert_agrees(folder, tokens, logprobs):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return make_tiny("qwen3", tmp_path_factory.mktemp("models") / "qwen3", num_hidden_layers=2)
+    # A vocabulary that vLLM pads, on one rank and on two.
+    folder = tmp_path_factory.mktemp("models") / "qwen3"
+    return make_tiny("qwen3", folder, num_hidden_layers=2, vocab_size=3001)
 
 
 @pytest.fixture(scope="module")
 def plan(model):
-    return make_plan(model, mixed)
+    return make_plan(model, mixed, head=True)
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +134,34 @@ def served(checkpoint, summaries):
         return serve(checkpoint)
 
 
-def foreign(model, target):
+def foreign(model, target, head=None):
     bits_of = {name: mixed(name) for name in ModelFiles(model).matrices if mixed(name)[0] < 16}
-    return compress_checkpoint(model, target, bits_of)
+    return compress_checkpoint(model, target, bits_of | ({"lm_head": head} if head else {}))
+
+
+def decompressed(folder, key_of):
+    """transformers' model in float32 with the weights that a checkpoint's codes stand for."""
+    files = ModelFiles(folder)
+    state = {}
+    for name in files.tensors:
+        matrix = name.rpartition(".")[0]
+        if name.endswith(".weight_packed"):
+            tensors = {
+                kind: files.read(f"{matrix}.{kind}")
+                for kind in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+                if f"{matrix}.{kind}" in files.tensors
+            }
+            tensors["weight_scale"] = tensors["weight_scale"].float()
+            state[f"{matrix}.weight"] = PackedQuantizationCompressor.decompress(tensors, scheme_of(*key_of(matrix)))[
+                "weight"
+            ]
+        elif name.endswith((".weight", ".bias")):
+            state[name] = files.read(name).float()
+    hf_config = AutoConfig.from_pretrained(folder)
+    del hf_config.quantization_config
+    exact = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    exact.load_state_dict(state, strict=True)
+    return exact
 
 
 def test_our_checkpoint_agrees_with_transformers(checkpoint, served):
@@ -159,11 +186,25 @@ def test_one_line_sums_up_what_was_loaded(served, summaries, plan):
 
 
 # Biases and a tied head; one matrix on disk for q, k, v and one for gate, up.
-@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "phi3"])
-def test_foreign_checkpoint_agrees_with_transformers(model_type, tmp_path):
+@pytest.mark.parametrize(("model_type", "head"), [("qwen3", (4, False)), ("qwen2", None), ("phi3", (4, True))])
+def test_foreign_checkpoint_agrees_with_transformers(model_type, head, tmp_path):
     source = make_tiny(model_type, tmp_path / "source", num_hidden_layers=2, seed=3)
-    folder = foreign(source, tmp_path / "foreign")
+    folder = foreign(source, tmp_path / "foreign", head)
     assert_agrees(folder, *serve(folder, quantization="taq"))
+
+
+def test_tied_model_with_a_quantized_head_generates_what_stock_vllm_does_with_the_same_weights(tmp_path):
+    """In float32, where only the order of sums differs."""
+    source = make_tiny("qwen2", tmp_path / "source", num_hidden_layers=2, vocab_size=3001, seed=4)
+    folder = tmp_path / "ours"
+    plan = make_plan(source, lambda name: (4, False) if name == "lm_head" else mixed(name), head=True)
+    quantize_model(ModelFiles(source), plan, folder, Calibration(method="rtn"))
+    exact = decompressed(folder, lambda name: (plan.matrices[name].bits, plan.matrices[name].symmetric))
+    exact.save_pretrained(tmp_path / "exact")
+    tokens, logprobs = serve(folder, dtype="float32")
+    expected_tokens, expected = serve(tmp_path / "exact", dtype="float32")
+    assert tokens == expected_tokens
+    assert all((a - b).abs().max() < 1e-3 for a, b in zip(logprobs, expected, strict=True))
 
 
 def test_stock_vllm_refuses_different_bits_in_one_fused_layer(model, tmp_path):
@@ -186,28 +227,9 @@ def test_compiled_graph_gives_the_same_tokens(checkpoint, monkeypatch):
     assert_agrees(checkpoint, *serve(checkpoint, enforce_eager=False))
 
 
-def test_float32_engine_computes_what_the_stored_codes_stand_for(checkpoint, plan):
+def test_float32_engine_computes_what_the_stored_codes_stand_for(checkpoint):
     """Without bf16 anywhere only the order of sums is left: codes, scales and zeros are exactly right."""
-    files = ModelFiles(checkpoint)
-    state = {}
-    for name in files.tensors:
-        matrix = name.rpartition(".")[0]
-        if name.endswith(".weight_packed"):
-            entry = plan.matrices[matrix]
-            tensors = {
-                kind: files.read(f"{matrix}.{kind}")
-                for kind in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-                if f"{matrix}.{kind}" in files.tensors
-            }
-            tensors["weight_scale"] = tensors["weight_scale"].float()
-            scheme = scheme_of(entry.bits, entry.symmetric)
-            state[f"{matrix}.weight"] = PackedQuantizationCompressor.decompress(tensors, scheme)["weight"]
-        elif name.endswith((".weight", ".bias")):
-            state[name] = files.read(name).float()
-    hf_config = AutoConfig.from_pretrained(checkpoint)
-    del hf_config.quantization_config
-    exact = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
-    exact.load_state_dict(state, strict=True)
+    exact = decompressed(checkpoint, mixed)
     _, logprobs = serve(checkpoint, dtype="float32")
     with torch.no_grad():
         for prompt, got in zip(PROMPTS, logprobs, strict=True):
