@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from taq_vllm.tasks import Example, load_task, tokenize
+from taq_vllm.tasks import Example, load_task, render, require_labels, tokenize
 
 LAB = Path(__file__).parents[1] / "benchmarks" / "lab"
 ITEM = {"id": "1", "prompt": "Q: 1+1?\nA:", "answers": ["2", "two"]}
@@ -50,13 +50,7 @@ def test_a_folder_a_yaml_and_a_json_header_read_the_same(tmp_path):
 def test_a_bare_jsonl_is_a_calibration_set(tmp_path):
     write(tmp_path, test=[ITEM])
     task = load_task(tmp_path / "test.jsonl")
-    assert (task.name, task.metric, len(task.calibration), task.test, task.test_sha256) == ("test", "em", 1, (), None)
-
-
-def test_the_metric_can_be_overridden(tmp_path):
-    assert load_task(write(tmp_path), metric="f1").metric == "f1"
-    with pytest.raises(ValueError, match=r"got metric 'bleu'; there are em, f1, math, pass@1"):
-        load_task(tmp_path, metric="bleu")
+    assert (task.name, task.metric, len(task.calibration), task.test, task.test_sha256) == ("test", None, 1, (), None)
 
 
 def test_a_template_takes_the_bare_question_and_leaves_braces_alone(tmp_path):
@@ -136,6 +130,16 @@ def test_an_item_that_its_metric_cannot_judge_is_refused(tmp_path, metric, field
         (header(stop="\n"), r"stop: got '\\n'"),
         (header(stop=[""]), "empty stop string"),
         (header(template="Q: {}"), r"template: got 'Q: \{\}', which does not contain \{question\}"),
+        (header(format="squad"), "format: got 'squad'; there are jsonl, gsm8k, mbpp, humaneval, triviaqa, lm-eval"),
+        (header(system="Be brief."), "a system message needs `chat_template: true`"),
+        (header(few_shot=-1), "few_shot: got -1"),
+        (header(few_shot=2), "few_shot is 2 and .*calibration.jsonl has 1 examples; ask for fewer"),
+        (header(few_shot_file="test.jsonl"), "few_shot_file without a number; add `few_shot: N`"),
+        (header(few_shot=1, few_shot_file="no.jsonl"), "few_shot_file: there is no file .*no.jsonl"),
+        (header(calibration=None, few_shot=1), "few_shot 1 has no file to come from; add `few_shot_file: FILE`"),
+        (header(task="gsm8k"), "task belongs to `format: lm-eval`, got format jsonl"),
+        (header(format="lm-eval"), "format lm-eval needs `task: NAME`"),
+        (header(format="lm-eval", task="gsm8k"), "calibration is the lm-eval task's own affair; remove it"),
         (header(test="tests.jsonl"), "test: there is no file .*tests.jsonl; the name is relative"),
         ("- a\n- b\n", "got a list, a task's header is a mapping"),
         ("name: [t\n", "is not valid yaml"),
@@ -234,6 +238,154 @@ def test_an_example_longer_than_the_model_is_named_with_both_lengths(tokenizer, 
     (short,) = tokenize(task.test[:1], tokenizer, task, with_completion=False, max_length=32)
     with pytest.raises(ValueError, match=r"example 1: its prompt of \d+ tokens and its completion of \d+ make \d+"):
         tokenize(task.test[:1], tokenizer, task, with_completion=True, max_length=short.prompt_len)
+
+
+def shot(number, **fields):
+    return {"id": f"s{number}", "prompt": f"Q: {number}?\nA:", "answers": [str(number)]} | fields
+
+
+def test_prompts_without_answers_are_a_calibration_set(tokenizer, tmp_path):
+    bare = [{"id": "a", "prompt": "Tell me."}, ITEM | {"id": "b"}]
+    alone = load_task(write(tmp_path, test=bare).with_name("test.jsonl"))
+    beside = load_task(write(tmp_path, header(), bare, [shot(3)]))
+    for task in (alone, beside):
+        assert [(e.answers, e.completion) for e in task.calibration] == [((), ""), (("2", "two"), " 2")]
+        prompts = tokenize(task.calibration, tokenizer, task, with_completion=False, max_length=64)
+        mixed = tokenize(task.calibration, tokenizer, task, with_completion="if present", max_length=64)
+        assert mixed[0].input_ids == prompts[0].input_ids
+        assert len(mixed[1].input_ids) > mixed[1].prompt_len == len(prompts[1].input_ids)
+        with pytest.raises(ValueError, match=r"example a has no answers and no completion \(1 of 2 .* teacher forcing"):
+            tokenize(task.calibration, tokenizer, task, with_completion=True, max_length=64)
+
+
+def test_who_needs_labels_says_so_and_names_the_example(tmp_path):
+    task = load_task(write(tmp_path, header(), [{"id": "a", "prompt": "Tell me."}, ITEM | {"id": "b"}], [shot(3)]))
+    require_labels(task, task.calibration[1:], "scorer taqo", judged=True)
+    with pytest.raises(ValueError, match=r"task.yaml: example a has no .*which scorer taqo needs: add .* taq or kl"):
+        require_labels(task, task.calibration, "scorer taqo")
+    told = load_task(write(tmp_path, header(metric="pass@1", test=None), [ITEM]))
+    require_labels(told, told.calibration, "scorer taqo")
+    with pytest.raises(ValueError, match="example 1: metric pass@1 needs tests"):
+        require_labels(told, told.calibration, "scorer taqo", judged=True)
+    bare = load_task(tmp_path / "calibration.jsonl")
+    with pytest.raises(ValueError, match="has no metric and scorer taqo judges outputs: add `metric:`"):
+        require_labels(bare, bare.calibration, "scorer taqo", judged=True)
+
+
+def test_few_shot_examples_stand_completed_before_every_prompt(tokenizer, tmp_path):
+    path = write(tmp_path, header(few_shot=2, separator="\n--\n"), [shot(3), shot(4, target=" four"), shot(5)])
+    task = load_task(path)
+    assert [e.id for e in task.shots] == ["s3", "s4"]
+    assert [e.id for e in task.calibration] == ["s5"]
+    text = "Q: 3?\nA: 3\n--\nQ: 4?\nA: four\n--\nQ: 1+1?\nA:"
+    assert render(task.test[0], task) == text
+    (tokens,) = tokenize(task.test, tokenizer, task, with_completion=True, max_length=99)
+    assert tokens.input_ids[: tokens.prompt_len] == tokenizer(text).input_ids
+    assert tokens.input_ids.count(tokenizer.bos_token_id) == 1
+    assert task.test[0].prompt == ITEM["prompt"]
+    with pytest.raises(ValueError, match=r"has \d+ tokens \(2 few-shot examples included\), the model takes 20"):
+        tokenize(task.test, tokenizer, task, with_completion=False, max_length=20)
+
+
+def test_few_shot_examples_of_their_own_file_leave_the_calibration_set_whole(tmp_path):
+    (tmp_path / "shots.jsonl").write_text(json.dumps(shot(7)) + "\n" + json.dumps(shot(8)) + "\n")
+    task = load_task(write(tmp_path, header(few_shot=1, few_shot_file="shots.jsonl"), [shot(3)]))
+    assert ([e.id for e in task.shots], [e.id for e in task.calibration]) == (["s7"], ["s3"])
+    assert task.test_sha256 != load_task(write(tmp_path, header(), [shot(3)])).test_sha256
+
+
+def test_every_few_shot_choice_changes_both_hashes(tmp_path):
+    items = [shot(n) for n in range(3, 7)]
+    choices = [{}, {"few_shot": 1}, {"few_shot": 2}, {"few_shot": 2, "separator": "\n"}]
+    tasks = [load_task(write(tmp_path, header(**choice), items)) for choice in choices]
+    assert len({task.test_sha256 for task in tasks}) == len({task.calibration_sha256 for task in tasks}) == 4
+
+
+@pytest.mark.parametrize(
+    ("shots", "calibration", "complaint"),
+    [
+        ([shot(1, prompt="q:  1+1? A:")], [shot(3)], r"1 test prompts are among the few-shot examples \(s1 = 1\)"),
+        ([shot(3)], [shot(3)], r"1 calibration prompts are among .* leave few_shot_file out"),
+        ([shot(4, answers=[])], [shot(3)], "few-shot example s4 has no answers and no completion to show"),
+    ],
+)
+def test_few_shot_examples_that_give_answers_away_or_have_none_are_refused(tmp_path, shots, calibration, complaint):
+    (tmp_path / "shots.jsonl").write_text("\n".join(map(json.dumps, shots)))
+    path = write(tmp_path, header(few_shot=1, few_shot_file="shots.jsonl"), calibration)
+    with pytest.raises(ValueError, match=complaint):
+        load_task(path)
+
+
+CHAT = {"id": "1", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+
+
+def test_a_chat_has_the_system_message_the_few_shot_turns_and_the_question(tokenizer, tmp_path):
+    content = header(chat_template=True, system="Be brief.", few_shot=1)
+    task = load_task(write(tmp_path, content, [shot(3), shot(4)]))
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Q: 3?\nA:"},
+        {"role": "assistant", "content": "3"},
+        {"role": "user", "content": ITEM["prompt"]},
+    ]
+    assert render(task.test[0], task) == messages
+    (tokens,) = tokenize(task.test, tokenizer, task, with_completion=True, max_length=200)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert tokens.input_ids[: tokens.prompt_len] == tokenizer(text, add_special_tokens=False).input_ids
+    # The reply starts a line of its own: without the space that follows a plain prompt.
+    reply = [*tokenizer("2", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    assert tokens.input_ids[tokens.prompt_len :] == reply
+
+
+def test_a_conversation_is_a_prompt_and_its_last_reply_the_completion(tmp_path):
+    own = {"id": "2", "messages": [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "Go"}]}
+    path = write(tmp_path, header(test=None, chat_template=True, system="Be brief."), [CHAT, own])
+    first, second = load_task(path).calibration
+    assert (first.prompt, first.completion, first.messages) == ("Hi", "Hello", (("user", "Hi"),))
+    assert second.completion == ""
+    assert [m["content"] for m in render(first, load_task(path))] == ["Be brief.", "Hi"]
+    assert [m["content"] for m in render(second, load_task(path))] == ["Rhyme.", "Go"]
+
+
+@pytest.mark.parametrize(
+    ("item", "complaint"),
+    [
+        ({"messages": []}, r"messages: got a list, needs a list with at least one object of role and content"),
+        ({"messages": "Hi"}, r"messages: got a string \('Hi'\)"),
+        ({"messages": ["Hi"]}, r"messages\[0\]: got a string .* needs an object with role and content"),
+        ({"messages": [{"role": "bot", "content": "Hi"}]}, r"messages\[0\], role: got 'bot'; there are system, user"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\]: content is missing; the item has role"),
+        ({"messages": [CHAT["messages"][0], {"role": "system", "content": "x"}]}, "must be the first; move it"),
+        ({"messages": [CHAT["messages"][1]]}, "no message of the user to answer at the end"),
+        ({"prompt": "Hi"}, "the item has a prompt or question as well; keep one of them"),
+        ({"target": "Hey"}, "got a target and a closing assistant message; keep one of them"),
+    ],
+)
+def test_a_malformed_conversation_is_named(tmp_path, item, complaint):
+    path = write(tmp_path, header(test=None, chat_template=True), [CHAT | item])
+    with pytest.raises(ValueError, match=f"line 1.*{complaint}"):
+        load_task(path)
+
+
+def test_a_conversation_needs_a_chat_template(tmp_path):
+    with pytest.raises(ValueError, match=r"line 1, messages: .* set `chat_template: true`"):
+        load_task(write(tmp_path, header(test=None), [CHAT]))
+
+
+def test_a_chat_template_that_refuses_a_role_is_told(tmp_path):
+    strict = AutoTokenizer.from_pretrained(LAB / "model")
+    strict.chat_template = "{{ raise_exception('System role not supported') }}"
+    task = load_task(write(tmp_path, header(calibration=None, chat_template=True, system="x")))
+    with pytest.raises(ValueError, match=r"example 1: .* refuses a conversation of system, user .*System role not"):
+        tokenize(task.test, strict, task, with_completion=False, max_length=64)
+
+
+def test_tests_may_be_shown_in_the_prompt_and_nothing_is_filled_in_twice(tmp_path):
+    item = ITEM | {"question": "{tests} {x}", "tests": ["assert f()", "assert g()"]}
+    content = header(calibration=None, metric="pass@1", template="{question}|{tests}")
+    assert load_task(write(tmp_path, content, test=[item])).test[0].prompt == "{tests} {x}|assert f()\nassert g()"
+    with pytest.raises(ValueError, match=r"the template shows {tests} and the item has no tests"):
+        load_task(write(tmp_path, content, test=[item | {"tests": []}]))
 
 
 @pytest.mark.parametrize(("name", "metric"), [("trivia", "em"), ("math", "math"), ("code", "pass@1")])
