@@ -32,7 +32,7 @@ SETTINGS = {"batch_size": 2, "reservoir": 20, "variance": "relative"}
 
 @pytest.fixture
 def save_every_block(monkeypatch):
-    monkeypatch.setattr(taq, "_SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(taq, "_SAVE_SHARE", float("inf"))
 
 
 def _killed_in_block(layer, monkeypatch, after_saving=False):

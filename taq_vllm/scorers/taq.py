@@ -13,9 +13,9 @@ What the paper leaves open is a setting here: moments per channel or pooled, the
 grows along the residual stream, so -Var favours early layers by construction), and variance relative to the block's
 input instead of absolute.
 
-Each block's statistics are journalled, and every few seconds the hidden states behind the last block are saved: the
-same command goes on there and ends with the same numbers. Several processes (`distributed.py`) draw one reservoir:
-which tokens are in it depends on the lengths of all examples alone.
+Each block's statistics are journalled, and the hidden states behind it are saved wherever that costs little: the same
+command goes on there and ends with the same numbers. Several processes (`distributed.py`) draw one reservoir: which
+tokens are in it depends on the lengths of all examples alone.
 """
 
 import json
@@ -47,8 +47,8 @@ COST_UNIT = None
 # Values that are looked at together: fewer cost more in calls than in arithmetic, more leave the processor's cache
 # (2 MB in float64; measured: four times as long per value from 8 MB on).
 _CHUNK_VALUES = 1 << 18
-# Saving the hidden states of blocks that take a fraction of this would cost more than running such blocks again.
-_SAVE_EVERY_S = 10.0
+# Most of the time that may go into saving hidden states; blocks that take no longer than their saving are run again.
+_SAVE_SHARE = 0.05
 
 
 class Settings(BaseModel):
@@ -227,15 +227,16 @@ def score_units(run: Run, settings: Settings) -> list[UnitScore]:
         hidden = model.embed(batches)
         if settings.variance == "relative":
             journal.add(-1, *_statistics(groups, draw, hidden, settings))
-    saved = time.monotonic()
+    saved, saving = time.monotonic(), 0.0
     for layer in track(range(first, model.layers), "taq: information and stability", model.layers - first):
         with model.block(layer) as block:
             hidden.replace(lambda states, layer=layer, block=block: model.run(layer, block, states))
         journal.add(layer, *_statistics(groups, draw, hidden, settings))
         now = time.monotonic()
-        if distributed.first(lambda now=now, saved=saved: now - saved >= _SAVE_EVERY_S):
+        if distributed.first(lambda due=(now - saved) * _SAVE_SHARE >= saving: due):
             hidden.save(_hidden_file(run.journal), blocks=layer + 1)
-            saved = now
+            saved = time.monotonic()
+            saving = saved - now
     entropies = [journal.done[layer][0] for layer in range(model.layers)]
     variances = [journal.done[layer][1] for layer in range(-1, model.layers) if layer in journal.done]
     information = _stack(entropies)
