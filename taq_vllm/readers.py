@@ -272,7 +272,12 @@ def _gsm8k(item: dict[str, Any], where: str, name: str) -> dict[str, Any]:
     final = _FINAL_ANSWER.search(answer)
     if final is None:
         raise ValueError(f"{where}, answer: it must end with '#### N', the final number; got ...{answer[-40:]!r}")
-    return {"id": name, "question": question, "answers": [final.group(1).strip()], "completion": answer}
+    return {
+        "id": name,
+        "question": question,
+        "answers": [final.group(1).strip().replace(",", "")],
+        "completion": answer,
+    }
 
 
 def _mbpp(item: dict[str, Any], where: str, name: str) -> dict[str, Any]:
