@@ -75,7 +75,7 @@ class GeneralText:
 
         limit = min(max_tokens, model.config.max_position_embeddings)
         if self._task is not None:
-            found = calibration_sequences(model, self._task, len(self._task.calibration), with_completion=True)
+            found = calibration_sequences(model, self._task, len(self._task.calibration), "if present")
         else:
             tokenizer = AutoTokenizer.from_pretrained(model.files.path)
             if self.path.suffix == ".jsonl":

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -19,7 +19,7 @@ from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import ScorerRef, TaskRef
 from taq_vllm.scores import Scores
 from taq_vllm.stream import HIDDEN_LIMIT_BYTES, StreamedModel
-from taq_vllm.tasks import Task, TokenizedExample, tokenize
+from taq_vllm.tasks import Task, TokenizedExample, require_labels, tokenize
 from taq_vllm.units import Granularity, units_of
 
 SCORERS = tuple(sorted(found.name.replace("_", "-") for found in pkgutil.iter_modules(scorers.__path__)))
@@ -201,7 +201,7 @@ def baseline(
 
 
 def calibration_sequences(
-    model: StreamedModel, task: Task, count: int, with_completion: bool
+    model: StreamedModel, task: Task, count: int, with_completion: bool | Literal["if present"]
 ) -> list[TokenizedExample]:
     """The first `count` calibration examples as tokens, with the model's own tokenizer.
 
@@ -254,6 +254,8 @@ def _examples(task: Task | None, scorer: str, reads: str, most: int | None) -> t
     count = len(task.calibration[:most])
     if count < 2:
         raise ValueError(f"{task.path} has {count} calibration examples; a scorer needs at least 2")
+    if reads == "answers":
+        require_labels(task, task.calibration[:count], f"scorer {scorer}")
     return TaskRef(name=task.name, data_sha256=task.calibration_sha256, examples=count), count
 
 

@@ -398,7 +398,7 @@ def _read(file: Path, part: Part, header: _Header, path: Path) -> list[Record]:
 
 
 def _without_test(calibration: Sequence[Record], test: Sequence[Record], file: Path) -> list[Record]:
-    """Published files repeat some questions (four of MBPP's), and nobody should have to edit them."""
+    """Published files may ask a question twice, and nobody should have to edit them."""
     asked = {_normalised_sha256(record.item["question"]) for record in test}
     kept = [record for record in calibration if _normalised_sha256(record.item["question"]) not in asked]
     if not kept:
