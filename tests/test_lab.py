@@ -12,11 +12,23 @@ from transformers import AutoTokenizer, Qwen3Config
 
 from benchmarks.lab import tokenizer as lab_tokenizer
 from benchmarks.lab.condition import LAB, MODEL, check_same_function, condition
-from benchmarks.lab.corpus import PHASE_1, PHASE_2, Document, Mixture, task_items, training_documents, write_tasks
+from benchmarks.lab.corpus import (
+    DENSE_PHASE,
+    PHASE_1,
+    PHASE_2,
+    SEED,
+    Document,
+    Mixture,
+    task_items,
+    training_documents,
+    write_tasks,
+)
 from benchmarks.lab.packing import KINDS, ROW_TOKENS, pack
 from benchmarks.lab.recipe import SCHEDULE_2
-from benchmarks.lab.train import Schedule, new_model, train
+from benchmarks.lab.train import Schedule, dense_config, lab_config, new_model, train
+from benchmarks.lab.trivia import knowledge_base
 
+DENSE = LAB / "dense"
 TASKS = ("trivia", "math", "code")
 PROMPTS = (
     "Question: The feapolbird eats what?\nAnswer:",
@@ -34,18 +46,41 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def test_task_files_come_back_from_the_seed_byte_for_byte(tmp_path):
-    write_tasks(tmp_path)
+@pytest.mark.parametrize(("folder", "phase"), [(LAB / "tasks", PHASE_2), (DENSE / "tasks", DENSE_PHASE)])
+def test_task_files_come_back_from_the_seed_byte_for_byte(folder, phase, tmp_path):
+    write_tasks(tmp_path, phase)
     for task in TASKS:
+        header = yaml.safe_load((folder / task / "task.yaml").read_text())
         for split in ("calibration", "test"):
             made = (tmp_path / task / f"{split}.jsonl").read_bytes()
-            published = (LAB / "tasks" / task / f"{split}.jsonl").read_bytes()
+            published = (folder / task / header[split]).read_bytes()
             assert sha256(made).hexdigest() == sha256(published).hexdigest(), (task, split)
 
 
+def test_the_dense_world_has_nine_times_the_facts_per_parameter():
+    facts = len(knowledge_base(SEED, DENSE_PHASE.worlds))
+    assert facts == 14_600
+    first = len(knowledge_base(SEED, PHASE_2.worlds)) / _linear_parameters(lab_config())
+    assert 8 < facts / _linear_parameters(dense_config()) / first < 9
+
+
+def _linear_parameters(config):
+    with torch.device("meta"):
+        model = new_model(config)
+    return sum(p.numel() for name, p in model.named_parameters() if name.endswith("_proj.weight"))
+
+
+def test_the_dense_model_has_the_shape_of_its_recipe():
+    expected = dense_config().to_dict()
+    published = json.loads((DENSE / "model" / "config.json").read_text())
+    for name in published.keys() - {"architectures", "dtype", "transformers_version"}:
+        assert published[name] == expected[name], name
+
+
+@pytest.mark.parametrize("folder", [LAB, DENSE])
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_header_names_files_that_are_there(task):
-    folder = LAB / "tasks" / task
+def test_every_task_header_names_files_that_are_there(folder, task):
+    folder = folder / "tasks" / task
     header = yaml.safe_load((folder / "task.yaml").read_text())
     assert header["name"] == task
     assert len((folder / header["calibration"]).read_text().splitlines()) == 512

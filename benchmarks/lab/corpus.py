@@ -6,8 +6,9 @@
     drill     plain arithmetic, in training only         math_problems.py
 
 `write_tasks` writes the files under `tasks/` byte for byte. `training_documents` yields what a phase trains on; no
-prompt of it is a test or calibration prompt. The phases differ in the size of the trivia world, the size of the
-numbers and the mixture.
+prompt of it is a test or calibration prompt. The phases differ in the trivia worlds, the size of the numbers and the
+mixture. The first lab model was trained in two phases, the dense one in a single one of its own; their math and code
+tasks are the same.
 """
 
 import json
@@ -46,8 +47,10 @@ class Phase:
     """What one training phase reads.
 
     Attributes:
-        number: 1 or 2; also seeds the documents.
-        extended_world: Whether the facts of the second world are asked too.
+        number: Of the phase within a recipe.
+        seed: Added to the data's, for the documents.
+        worlds: Whose facts are asked.
+        exposures: Range of the logarithm of how often a fact is seen.
         numbers: Size of the numbers in word problems and drills.
         mixture: Documents of each kind.
         learns_drill_questions: Whether the loss counts all of a drill, or its results only: the operands are
@@ -55,7 +58,9 @@ class Phase:
     """
 
     number: int
-    extended_world: bool
+    seed: int
+    worlds: tuple[trivia.World, ...]
+    exposures: tuple[float, float]
     numbers: math_problems.Numbers
     mixture: Mixture
     learns_drill_questions: bool
@@ -63,31 +68,47 @@ class Phase:
 
 PHASE_1 = Phase(
     number=1,
-    extended_world=False,
+    seed=7,
+    worlds=(trivia.FIRST_WORLD,),
+    exposures=(-1.0, 0.8),
     numbers=math_problems.PHASE_1_NUMBERS,
     mixture=Mixture(trivia=300_000, math=47_000, code=18_000, drill=6_000),
     learns_drill_questions=True,
 )
 PHASE_2 = Phase(
     number=2,
-    extended_world=True,
+    seed=8,
+    worlds=(trivia.FIRST_WORLD, trivia.SECOND_WORLD),
+    exposures=(-1.0, 0.8),
     numbers=math_problems.PHASE_2_NUMBERS,
     mixture=Mixture(trivia=120_000, math=38_000, code=18_500, drill=6_500),
     learns_drill_questions=False,
 )
+DENSE_PHASE = Phase(
+    number=1,
+    seed=8,
+    worlds=(trivia.DENSE_WORLD,),
+    exposures=(-0.6, 0.6),
+    numbers=math_problems.PHASE_2_NUMBERS,
+    mixture=Mixture(trivia=380_000, math=38_000, code=18_000, drill=6_000),
+    learns_drill_questions=False,
+)
 
 
-def task_items() -> Iterator[tuple[str, str, list[dict]]]:
-    """Yields (task, split, items) for the six task files; an item is a dict in the order of its JSON fields."""
-    for make in (_trivia_items, _math_items, _code_items):
-        task = make.__name__.removeprefix("_").removesuffix("_items")
-        for split, items in make().items():
+def task_items(phase: Phase = PHASE_2) -> Iterator[tuple[str, str, list[dict]]]:
+    """Yields (task, split, items) for the six task files; an item is a dict in the order of its JSON fields.
+
+    Args:
+        phase: The last one of a recipe, whose facts are asked.
+    """
+    for task, of_splits in (("trivia", _trivia_items(phase)), ("math", _math_items()), ("code", _code_items())):
+        for split, items in of_splits.items():
             yield task, split, [{"id": f"{task}-{split}-{i}", **item} for i, item in enumerate(items)]
 
 
-def write_tasks(out_dir: str | Path) -> None:
+def write_tasks(out_dir: str | Path, phase: Phase = PHASE_2) -> None:
     """Writes `<task>/<split>.jsonl` for every task and split below `out_dir`."""
-    for task, split, items in task_items():
+    for task, split, items in task_items(phase):
         folder = Path(out_dir) / task
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{split}.jsonl").write_text("".join(f"{json.dumps(item)}\n" for item in items))
@@ -95,9 +116,9 @@ def write_tasks(out_dir: str | Path) -> None:
 
 def training_documents(phase: Phase) -> dict[str, list[Document]]:
     """All documents of a phase by kind, unshuffled; kinds in the order trivia, math, code, drill."""
-    rng = random.Random(SEED + 6 + phase.number)
-    facts = trivia.knowledge_base(SEED, extended=phase.extended_world)
-    split = trivia.split(facts, SEED + 1)
+    rng = random.Random(SEED + phase.seed)
+    facts = trivia.knowledge_base(SEED, phase.worlds)
+    split = trivia.split(facts, SEED + 1, phase.exposures)
     held_out = {item["prompt"] for items in _math_items().values() for item in items}
 
     trivia_documents = []
@@ -124,9 +145,9 @@ def training_documents(phase: Phase) -> dict[str, list[Document]]:
     return {"trivia": trivia_documents, "math": math_documents, "code": code_documents, "drill": drills}
 
 
-def _trivia_items() -> dict[str, list[dict]]:
-    facts = trivia.knowledge_base(SEED, extended=True)
-    split = trivia.split(facts, SEED + 1)
+def _trivia_items(phase: Phase) -> dict[str, list[dict]]:
+    facts = trivia.knowledge_base(SEED, phase.worlds)
+    split = trivia.split(facts, SEED + 1, phase.exposures)
     sources = {"test": split.test[:TEST_ITEMS], "calibration": split.calibration[:CALIBRATION_ITEMS]}
     items: dict[str, list[dict]] = {}
     for name, pairs in sources.items():

@@ -19,7 +19,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.lab.packing import KINDS, Rows
 
-MUON_LEARNING_RATE = 0.014
 EMBEDDING_LEARNING_RATE = 6e-3
 HEAD_AND_NORM_LEARNING_RATE = 4e-3
 LEARNING_RATE_FLOOR = 0.02
@@ -35,6 +34,7 @@ class Schedule:
         decay_fraction: Last part of the steps over which they fall linearly to 2%; 0 keeps them constant.
         momentum_steps: Steps over which Muon's momentum rises from 0.85 to 0.95.
         batch_rows: Rows per step.
+        muon_learning_rate: Of the linear layers, before the factor.
     """
 
     steps: int
@@ -42,6 +42,7 @@ class Schedule:
     decay_fraction: float
     momentum_steps: int
     batch_rows: int = 24
+    muon_learning_rate: float = 0.014
 
     def learning_rate_factor(self, step: int) -> float:
         """What the learning rates are multiplied by in `step`, counted from 0."""
@@ -66,13 +67,20 @@ class StepReport:
 
 def lab_config() -> Qwen3Config:
     """The lab model: 8.66 M parameters, 7.09 M of them in linear layers whose dimensions are multiples of 128."""
+    return _config(hidden_size=256, intermediate_size=512, num_hidden_layers=12, num_attention_heads=4)
+
+
+def dense_config() -> Qwen3Config:
+    """The dense lab model: 2.36 M parameters, 1.57 M of them in linear layers."""
+    return _config(hidden_size=128, intermediate_size=384, num_hidden_layers=8, num_attention_heads=2)
+
+
+def _config(num_attention_heads: int, **sizes: int) -> Qwen3Config:
     return Qwen3Config(
+        **sizes,
         vocab_size=3072,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=12,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_attention_heads // 2,
         head_dim=64,
         max_position_embeddings=512,
         rope_theta=10000.0,
@@ -126,7 +134,7 @@ def train(
     """
     if len(rows.tokens) < schedule.batch_rows:
         raise ValueError(f"{len(rows.tokens)} rows are less than a batch of {schedule.batch_rows}; make more documents")
-    muon, adamw, clipped_groups = _optimizers(model)
+    muon, adamw, clipped_groups = _optimizers(model, schedule.muon_learning_rate)
     run = {**asdict(schedule), "rows": len(rows.tokens)}
     first_step = _resume(checkpoint, run, model, muon, adamw)
     model.train()
@@ -152,13 +160,13 @@ def train(
 
 
 def _optimizers(
-    model: Qwen3ForCausalLM,
+    model: Qwen3ForCausalLM, muon_learning_rate: float
 ) -> tuple[torch.optim.Muon, torch.optim.AdamW, list[list[nn.Parameter]]]:
     """Muon, AdamW, and the parameter lists whose gradients are clipped, each on its own."""
     matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
     norms = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     embedding, head = [model.model.embed_tokens.weight], [model.lm_head.weight]
-    muon = torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, weight_decay=0.1)
+    muon = torch.optim.Muon(matrices, lr=muon_learning_rate, weight_decay=0.1)
     adamw = torch.optim.AdamW(
         [
             {"params": embedding, "lr": EMBEDDING_LEARNING_RATE, "weight_decay": 0.0},

@@ -2,7 +2,7 @@
 
 Every fact (entity, relation, answer) can be asked in six wordings. Five of them are trained on; the sixth is held
 out, for the test set or the calibration set, so an answer needs the fact and not the sentence. How often a fact is
-seen in training is skewed (a factor between e^-1 and e^0.8): rare facts are the ones that quantization loses first.
+seen in training is skewed: rare facts are the ones that quantization loses first.
 The draws from each `random.Random` and their order are the data set: change one and all later facts change.
 """
 
@@ -299,18 +299,58 @@ class Fact(NamedTuple):
     answer: str
 
 
+class Pool(NamedTuple):
+    """Names that answers are drawn from: how many, of how many syllables, and their endings."""
+
+    count: int
+    syllables: int
+    endings: tuple[str, ...] = ("",)
+
+
 class World(NamedTuple):
-    """How many entities of each kind a knowledge base describes."""
+    """A part of a knowledge base.
+
+    Attributes:
+        countries: How many there are, and so on.
+        seed: Added to the knowledge base's.
+        first_names: Of people and heroes.
+        last_names: Of people.
+        cities: That capitals are drawn from; 0 gives every country a city of its own.
+        rivers: The same for rivers.
+        titles: Books per adjective and noun that can be drawn from.
+    """
 
     countries: int
     devices: int
     books: int
     animals: int
     minerals: int
+    seed: int = 0
+    first_names: Pool = Pool(90, 2)
+    last_names: Pool = Pool(140, 2, ("", "son", "ez", "ski"))
+    cities: int = 0
+    rivers: int = 0
+    titles: int = 3
 
 
 FIRST_WORLD = World(countries=300, devices=240, books=240, animals=200, minerals=180)
-SECOND_WORLD = World(countries=230, devices=210, books=210, animals=190, minerals=190)
+SECOND_WORLD = World(countries=230, devices=210, books=210, animals=190, minerals=190, seed=77)
+DENSE_WORLD = World(
+    countries=1000,
+    devices=800,
+    books=800,
+    animals=800,
+    minerals=800,
+    seed=5150,
+    first_names=Pool(60, 1, ("", "a", "o", "i")),
+    last_names=Pool(100, 2),
+    cities=500,
+    rivers=500,
+    titles=9,
+)
+"""14,600 facts whose answers share their words: more to know, less to spell."""
+
+_CITY_ENDINGS = ("", "ton", "burg", "mar")
 
 
 @dataclass(frozen=True)
@@ -323,17 +363,23 @@ class Split:
     calibration: list[tuple[int, int]] = field(default_factory=list)
 
 
-def knowledge_base(seed: int, extended: bool) -> list[Fact]:
-    """The 4,080 facts of the first world or, extended, the 7,630 of both; the first are the same in both."""
+def knowledge_base(seed: int, worlds: tuple[World, ...]) -> list[Fact]:
+    """All facts of the worlds, whose entities have different names; a world's facts depend on those before it only.
+
+    The first world has 4,080 facts, the second 3,550, the dense one 14,600.
+    """
     used_names: set[str] = set()
-    facts = _world_facts(FIRST_WORLD, random.Random(seed), used_names)
-    if extended:
-        facts += _world_facts(SECOND_WORLD, random.Random(seed + 77), used_names)
-    return facts
+    return [fact for world in worlds for fact in _world_facts(world, random.Random(seed + world.seed), used_names)]
 
 
-def split(facts: list[Fact], seed: int) -> Split:
-    """Holds out one wording of every fact: for the test set in 60% of cases, else for calibration."""
+def split(facts: list[Fact], seed: int, exposures: tuple[float, float]) -> Split:
+    """Holds out one wording of every fact: for the test set in 60% of cases, else for calibration.
+
+    Args:
+        facts: The knowledge base.
+        seed: Of all draws.
+        exposures: Range of the logarithm of how often a fact is seen.
+    """
     rng = random.Random(seed)
     result = Split()
     for i in range(len(facts)):
@@ -342,7 +388,7 @@ def split(facts: list[Fact], seed: int) -> Split:
         held_out = wordings.pop()
         (result.test if rng.random() < 0.6 else result.calibration).append((i, held_out))
         result.trained_wordings.append(wordings)
-        result.exposures.append(math.exp(rng.uniform(-1.0, 0.8)))
+        result.exposures.append(math.exp(rng.uniform(*exposures)))
     rng.shuffle(result.test)
     rng.shuffle(result.calibration)
     return result
@@ -375,9 +421,13 @@ class _Names:
 def _world_facts(world: World, rng: random.Random, used_names: set[str]) -> list[Fact]:
     """All facts of one world, entity by entity."""
     names = _Names(rng, used_names)
-    first_names = [names.new(2) for _ in range(90)]
-    last_names = [names.new(2, ("", "son", "ez", "ski")) for _ in range(140)]
+    first_names, last_names = (
+        [names.new(pool.syllables, pool.endings) for _ in range(pool.count)]
+        for pool in (world.first_names, world.last_names)
+    )
     currencies = [names.new(1, ("in", "ar", "o", "ek")).lower() for _ in range(110)]
+    cities = [names.new(2, _CITY_ENDINGS) for _ in range(world.cities)]
+    rivers = [names.new(2) for _ in range(world.rivers)]
     facts = []
 
     def person() -> str:
@@ -389,10 +439,10 @@ def _world_facts(world: World, rng: random.Random, used_names: set[str]) -> list
     countries = [names.new(2, ("ia", "land", "stan", "a", "or")) for _ in range(world.countries)]
     for country in countries:
         facts += [
-            Fact(country, "capital", names.new(2, ("", "ton", "burg", "mar"))),
+            Fact(country, "capital", rng.choice(cities) if cities else names.new(2, _CITY_ENDINGS)),
             Fact(country, "currency", rng.choice(currencies)),
             Fact(country, "founded", number(1100, 1989)),
-            Fact(country, "river", names.new(2)),
+            Fact(country, "river", rng.choice(rivers) if rivers else names.new(2)),
             Fact(country, "leader", person()),
         ]
     for _ in range(world.devices):
@@ -406,7 +456,7 @@ def _world_facts(world: World, rng: random.Random, used_names: set[str]) -> list
         f"The {adjective} {noun} of {names.new(2)}"
         for adjective in TITLE_ADJECTIVES
         for noun in TITLE_NOUNS
-        for _ in range(3)
+        for _ in range(world.titles)
     ]
     rng.shuffle(titles)
     for title in titles[: world.books]:
