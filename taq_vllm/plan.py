@@ -125,15 +125,20 @@ class Budget(_Record):
     """Bytes on disk of all tensors, what is left in 16 bits included (file headers are not)."""
     resident_bytes: int
     """Bytes of all weights in the server's memory."""
+    latency_us: float | None = None
+    """Of a decode step at the batch that was asked for, by measured latencies; None if the budget was a size."""
 
     @classmethod
-    def of(cls, asked: str, matrices: Mapping[str, "MatrixPlan"], other_bytes: int) -> "Budget":
+    def of(
+        cls, asked: str, matrices: Mapping[str, "MatrixPlan"], other_bytes: int, latency_us: float | None = None
+    ) -> "Budget":
         """What matrices cost.
 
         Args:
             asked: the budget in the user's words.
             matrices: bits and shapes.
             other_bytes: of everything that is not planned.
+            latency_us: of a decode step, where it was measured.
         """
         planned = sum(m.disk_bytes for m in matrices.values())
         weights = sum(m.shape[0] * m.shape[1] for m in matrices.values() if not m.is_embedding)
@@ -143,6 +148,7 @@ class Budget(_Record):
             planned_bytes=planned,
             disk_bytes=planned + other_bytes,
             resident_bytes=sum(m.resident_bytes for m in matrices.values()) + other_bytes,
+            latency_us=latency_us,
         )
 
 
@@ -159,8 +165,9 @@ class MatrixPlan(_Record):
     """The head of a model whose embedding doubles as its head: at 16 bits it is the embedding itself and costs nothing,
     below that it is a copy of its own (the embedding stays)."""
     score: float | None = None
+    """Of its unit."""
     rank: int | None = None
-    """0 is the layer that needs precision most."""
+    """0 is the unit that needs precision most."""
 
     @field_validator("bits")
     @classmethod
@@ -226,7 +233,7 @@ class Plan(_Record):
         for name, matrix in self.matrices.items():
             if matrix.bits not in self.menu:
                 raise ValueError(
-                    f"{name}: got {matrix.bits} bits, allowed are {', '.join(map(str, self.menu))} (the plan's menu)"
+                    f"matrices.{name}: got {matrix.bits} bits, allowed are {', '.join(map(str, self.menu))} (the plan's menu)"
                 )
         return self
 
@@ -266,8 +273,12 @@ class Plan(_Record):
         return cls.from_json(path.read_text(encoding="utf-8"), where=str(path))
 
     def _with_sizes(self) -> "Plan":
-        other_bytes = self.budget.disk_bytes - self.budget.planned_bytes
-        return self.model_copy(update={"budget": Budget.of(self.budget.asked, self.matrices, other_bytes)})
+        """With the sizes of its matrices; a latency is no longer known once they have others."""
+        asked, other_bytes = self.budget.asked, self.budget.disk_bytes - self.budget.planned_bytes
+        budget = Budget.of(asked, self.matrices, other_bytes, self.budget.latency_us)
+        if budget.planned_bytes != self.budget.planned_bytes:
+            budget = Budget.of(asked, self.matrices, other_bytes)
+        return self.model_copy(update={"budget": budget})
 
     def to_json(self) -> str:
         """Indented JSON, one matrix per line so that plans diff line by line."""

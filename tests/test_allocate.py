@@ -57,6 +57,10 @@ def bits_by_layer(plan):
     return [plan.matrices[f"model.layers.{layer}.self_attn.q_proj"].bits for layer in range(LAYERS)]
 
 
+def layers_in_order(scores):
+    return [layer_of(unit) for unit in scores.ranking]
+
+
 values = st.lists(st.floats(-3, 3), min_size=LAYERS, max_size=LAYERS)
 budgets = st.floats(4.2, 16.0)
 
@@ -66,7 +70,7 @@ budgets = st.floats(4.2, 16.0)
 def test_monotone_never_exceeds_its_budget_and_never_inverts_the_ranking(files, scores, budget):
     plan = allocate(files, scores_of(files, scores), Request(f"{budget}bits"))
     assert plan.budget.average_bits <= budget
-    in_rank_order = [bits_by_layer(plan)[layer] for layer in scores_of(files, scores).ranking]
+    in_rank_order = [bits_by_layer(plan)[layer] for layer in layers_in_order(scores_of(files, scores))]
     assert in_rank_order == sorted(in_rank_order, reverse=True)
 
 
@@ -75,7 +79,7 @@ def test_monotone_never_exceeds_its_budget_and_never_inverts_the_ranking(files, 
 def test_monotone_equals_brute_force(files, scores, budget):
     made = scores_of(files, scores)
     plan = allocate(files, made, Request(f"{budget}bits"))
-    ranking = made.ranking
+    ranking = layers_in_order(made)
 
     def worth(bits):
         return sum((LAYERS - ranking.index(layer)) * (1 - 4.0 ** (4 - b)) for layer, b in enumerate(bits))
@@ -102,7 +106,7 @@ def test_a_larger_budget_never_buys_less(files, scores, one, other):
     made = scores_of(files, scores)
     worth = [
         sum(
-            (LAYERS - made.ranking.index(layer)) * (1 - 4.0 ** (4 - b))
+            (LAYERS - layers_in_order(made).index(layer)) * (1 - 4.0 ** (4 - b))
             for layer, b in enumerate(bits_by_layer(allocate(files, made, Request(f"{budget}bits"))))
         )
         for budget in (small, large)
@@ -215,18 +219,21 @@ def test_random_depends_on_its_seed_alone_and_edges_starts_at_the_ends(files):
         baseline(files, "random", {"seed": 0}).ranking != baseline(files, "random", {"seed": seed}).ranking
         for seed in range(1, 4)
     )
-    assert baseline(files, "edges").ranking == [0, 5, 1, 4, 2, 3]
+    assert layers_in_order(baseline(files, "edges")) == [0, 5, 1, 4, 2, 3]
 
 
 def test_ties_and_noise_are_ordered_by_the_tiebreak():
     layers = [UnitScore(unit=f"model.layers.{i}", score=0.0, tiebreak=t) for i, t in enumerate([0.1, 0.3, 0.2])]
-    layers += [UnitScore(unit=3, score=0.9, from_zero=False), UnitScore(unit=4, score=0.1)]
+    layers += [
+        UnitScore(unit="model.layers.3", score=0.9, from_zero=False),
+        UnitScore(unit="model.layers.4", score=0.1),
+    ]
     made = Scores(
         model=ModelRef(id="m", fingerprint="0"),
         task=None,
         scorer=ScorerRef(name="taqo"),
-        layers=tuple(layers),
+        units=tuple(layers),
         seconds=0,
         peak_memory_bytes=0,
     )
-    assert made.ranking == [4, 1, 2, 0, 3]
+    assert layers_in_order(made) == [4, 1, 2, 0, 3]
