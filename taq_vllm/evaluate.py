@@ -251,7 +251,7 @@ class Engine:
         tokenized = self._tokenized(examples, task)
         outputs, output_tokens, generation_s = self._generate(llm, tokenized, task)
         item_nll, item_tokens = self._completion_nll(llm, tokenized, task)
-        item_scores = _judge(outputs, examples, task, allow_code_execution)
+        item_scores = judge(outputs, examples, task, allow_code_execution)
         mean = sum(item_scores) / len(item_scores)
         if task.metric == "f1":
             interval, method = bootstrap_interval(item_scores, seed=self._seed), "bootstrap"
@@ -486,7 +486,8 @@ def compare_labels(results: Path, first: str, second: str) -> list[dict[str, Any
     ]
 
 
-def _judge(outputs: Sequence[str], examples: Sequence[Example], task: Task, allow_code_execution: bool) -> list[float]:
+def judge(outputs: Sequence[str], examples: Sequence[Example], task: Task, allow_code_execution: bool) -> list[float]:
+    """The task's metric of one output per example, 0 to 1; for pass@1 their code is run, if that is allowed."""
     if task.metric == "pass@1":
         candidates = [
             Candidate(
@@ -499,8 +500,8 @@ def _judge(outputs: Sequence[str], examples: Sequence[Example], task: Task, allo
         ]
         outcomes = run_all(candidates, allow=allow_code_execution)
         return [float(outcome.passed) for outcome in track(outcomes, f"{task.name}: run tests", len(candidates))]
-    judge = {"em": exact_match, "f1": f1, "math": math_match}[task.metric]
-    return [judge(output, example.answers) for output, example in zip(outputs, examples, strict=True)]
+    metric = {"em": exact_match, "f1": f1, "math": math_match}[task.metric]
+    return [metric(output, example.answers) for output, example in zip(outputs, examples, strict=True)]
 
 
 class _TqdmFace:

@@ -29,9 +29,6 @@ from taq_vllm.scoring import Run
 from taq_vllm.stream import Batch, Head, StreamedModel, matrices_of, replace_weight
 from taq_vllm.units import HEAD, layer_of
 
-LOGIT_ROWS = 2048
-"""Tokens whose logits are held together: 2048 x 128k in float32 are 1 GB."""
-
 Values = dict[str, Tensor]
 """By name, one float64 per calibration example."""
 
@@ -73,20 +70,6 @@ def check_bits(bits: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(bits))
 
 
-def check_answers(run: Run, examples: int) -> None:
-    """Labels are needed: every one of the first `examples` calibration examples must have a completion.
-
-    Raises:
-        ValueError: names the first that has none.
-    """
-    for example in run.task.calibration[:examples] if run.task else ():
-        if not example.completion:
-            raise ValueError(
-                f"{run.task.path}, example {example.id}: it has no answer, and this scorer measures answers; add "
-                '"answers": ["..."] or choose a scorer that reads prompts only (kl, taq)'
-            )
-
-
 def mean_and_stderr(values: Tensor) -> tuple[float, float]:
     """Over examples [n]: the mean and its standard error."""
     return values.mean().item(), (values.std(unbiased=True) / len(values) ** 0.5).item()
@@ -106,8 +89,12 @@ def check_logits(logits: Tensor) -> Tensor:
     return logits
 
 
-Read = Callable[[HiddenStates, Head, Head], Values]
-"""(the last block's output, the head to apply, the full-precision head) to values of all examples, gathered."""
+Key = tuple[str, int]
+"""(unit, bits)"""
+
+Read = Callable[[Key | None, HiddenStates, Head, Head], Values]
+"""(what is perturbed, the last block's output, the head to apply, the full-precision head) to values of all examples,
+gathered. Nothing is perturbed when the time of reading is measured."""
 
 
 def walk(
@@ -117,7 +104,7 @@ def walk(
     perturb: Callable[[str, Tensor, int], Tensor],
     read: Read,
     description: str,
-) -> tuple[dict[tuple[str, int], Values], HiddenStates]:
+) -> tuple[dict[Key, Values], HiddenStates]:
     """Perturb every unit alone at every bitwidth, and read the model's end.
 
     Args:
@@ -133,13 +120,13 @@ def walk(
     """
     model = run.model
     done = _read_journal(run.journal)
-    by_layer: dict[int | None, list[tuple[str, int]]] = {}
+    by_layer: dict[int | None, list[Key]] = {}
     for unit in run.units:
         wanted = [(unit, width) for width in bits if (unit, width) not in done]
         by_layer.setdefault(None if unit == HEAD else layer_of(unit), []).extend(wanted)
 
-    def finish(key: tuple[str, int], states: HiddenStates, head: Head, full: Head) -> None:
-        done[key] = read(states, head, full)
+    def finish(key: Key, states: HiddenStates, head: Head, full: Head) -> None:
+        done[key] = read(key, states, head, full)
         if world()[0] == 0:
             _append(run.journal, key, done[key])
 
@@ -154,7 +141,7 @@ def walk(
         progress.advance(len(batches))
         started = time.monotonic()
         with model.head() as head:
-            read(after, head, head)
+            read(None, after, head, head)
         read_s = time.monotonic() - started
         waiting = sum(map(len, by_layer.values()))
         progress.say(
@@ -209,7 +196,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{hours:.1f} h"
 
 
-def _read_journal(journal: Path) -> dict[tuple[str, int], Values]:
+def _read_journal(journal: Path) -> dict[Key, Values]:
     if not journal.is_file():
         return {}
     done = {}
@@ -226,7 +213,7 @@ def _read_journal(journal: Path) -> dict[tuple[str, int], Values]:
     return done
 
 
-def _append(journal: Path, key: tuple[str, int], values: Values) -> None:
+def _append(journal: Path, key: Key, values: Values) -> None:
     unit, bits = key
     line = {"unit": unit, "bits": bits} | {name: per_example.tolist() for name, per_example in values.items()}
     with journal.open("a", encoding="utf-8") as file:

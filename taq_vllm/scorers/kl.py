@@ -22,7 +22,7 @@ from torch import Tensor
 
 from taq_vllm.distributed import gather
 from taq_vllm.hidden_states import HiddenStates
-from taq_vllm.one_at_a_time import LOGIT_ROWS, Rounding, Values, check_bits, check_logits, walk
+from taq_vllm.one_at_a_time import Key, Rounding, Values, check_bits, check_logits, walk
 from taq_vllm.progress import steps
 from taq_vllm.quantizer import quantize
 from taq_vllm.scores import UnitScore
@@ -85,15 +85,16 @@ def score_units(run: Run, settings: Settings) -> list[UnitScore]:
                 hidden.replace(lambda states, layer=layer, block=block: model.run(layer, block, states))
             progress.advance(len(batches))
 
-    def divergence(perturbed: HiddenStates, head: Head, full_head: Head) -> Values:
+    def divergence(_: Key | None, perturbed: HiddenStates, head: Head, full_head: Head) -> Values:
         sums = torch.zeros(len(run.sequences), dtype=torch.float64)
+        rows_at_once = head.rows_at_once
         for batch, full_states, states in zip(batches, hidden, perturbed, strict=True):
             is_token = batch.is_token.to(states.device)
             owners = batch.examples.repeat_interleave(batch.lengths)
             for full_rows, rows, owner in zip(
-                full_states[is_token].split(LOGIT_ROWS // 2),
-                states[is_token].split(LOGIT_ROWS // 2),
-                owners.split(LOGIT_ROWS // 2),
+                full_states[is_token].split(rows_at_once),
+                states[is_token].split(rows_at_once),
+                owners.split(rows_at_once),
                 strict=True,
             ):
                 full_log = check_logits(full_head.logits(full_rows)).log_softmax(-1)

@@ -38,9 +38,7 @@ from torch.utils.hooks import RemovableHandle
 from taq_vllm.distributed import gather, world
 from taq_vllm.hidden_states import HiddenStates
 from taq_vllm.one_at_a_time import (
-    LOGIT_ROWS,
     Rounding,
-    check_answers,
     check_bits,
     check_logits,
     is_quantizable,
@@ -56,6 +54,7 @@ READS = "answers"
 COST_UNIT = "nats per answer token"
 
 _SAVE_EVERY_S = 60.0
+_HEAD_ROWS = 8192  # 8192 x 8192 in float32 are 256 MB
 _DISTINGUISHABLE = 1.96  # standard errors; two-sided 95%
 
 
@@ -82,9 +81,8 @@ def score_units(run: Run, settings: Settings) -> list[UnitScore]:
     """Score every unit by the loss that it alone is estimated to add.
 
     Raises:
-        ValueError: an example without an answer, or logits or gradients that are not finite.
+        ValueError: logits or gradients that are not finite.
     """
-    check_answers(run, settings.max_examples)
     batches = make_batches(run.sequences, settings.batch_size)
     products = inner_products(run, batches, settings.bits, Rounding(settings.symmetric))
     tokens = torch.zeros(len(run.sequences), dtype=torch.float64)
@@ -95,7 +93,9 @@ def score_units(run: Run, settings: Settings) -> list[UnitScore]:
     return [_unit_score(unit, of_unit, tokens, settings) for unit, of_unit in of_units.items()]
 
 
-def inner_products(run: Run, batches: Sequence[Batch], bits: Sequence[int], rounding: Rounding) -> Products:
+def inner_products(
+    run: Run, batches: Sequence[Batch], bits: Sequence[int], rounding: Rounding, sampled: bool = False, seed: int = 0
+) -> Products:
     """g_i . dW of every matrix of `run.units`, for this process's examples.
 
     Args:
@@ -103,16 +103,18 @@ def inner_products(run: Run, batches: Sequence[Batch], bits: Sequence[int], roun
         batches: of `run.sequences`.
         bits: bitwidths.
         rounding: gives Q_b(W).
+        sampled: with pseudo-gradients whose second moment is the model's own Fisher, not the answers' gradients.
+        seed: of the pseudo-gradients.
 
     Raises:
         ValueError: logits or gradients that are not finite.
     """
     model, journal = run.model, run.journal
-    saved = journal.with_suffix(".gradient")
+    saved = journal.with_name(f"{journal.name}.gradient")
     names = {name for matrices in run.units.values() for name in matrices}
     products = {name: torch.zeros(len(run.sequences), len(bits), dtype=torch.float64) for name in names}
     alone = world()[1] == 1
-    resumed = HiddenStates.load(saved, device=model.device) if alone else None
+    resumed = model.resume(saved) if alone else None
     gradient, last = resumed or (None, model.layers)
     if resumed:
         products |= _read_journal(journal)
@@ -129,7 +131,7 @@ def inner_products(run: Run, batches: Sequence[Batch], bits: Sequence[int], roun
                 once = time.monotonic() - started
                 progress.say(f"loss: estimated time {once * (last + last * (2 + len(bits))):.0f} s")
         if gradient is None:
-            gradient = _through_head(model, batches, inputs.pop(), bits, rounding, products)
+            gradient = _through_head(model, batches, inputs.pop(), bits, rounding, products, sampled, seed)
             if alone:
                 _append(journal, products, [HEAD] if HEAD in products else [])
         else:
@@ -143,7 +145,6 @@ def inner_products(run: Run, batches: Sequence[Batch], bits: Sequence[int], roun
                 if time.monotonic() - saved_at >= _SAVE_EVERY_S:
                     gradient.save(saved, blocks=layer)
                     saved_at = time.monotonic()
-    saved.unlink(missing_ok=True)
     return products
 
 
@@ -154,13 +155,16 @@ def _through_head(
     bits: Sequence[int],
     rounding: Rounding,
     products: Products,
+    sampled: bool,
+    seed: int,
 ) -> HiddenStates:
     """d nll_i / d (last block's output) of every batch, [B, T, d]; the head's products where they are asked for."""
     of_batch = iter(batches)
+    generator = torch.Generator().manual_seed(seed)
     with model.head() as head:
-        weight = head.weight.to(_gradient_dtype(model))
-        norm = head.norm.to(_gradient_dtype(model))
-        errors = _errors(HEAD, head.weight, bits, rounding, model) if HEAD in products else []
+        dtype = _gradient_dtype(model)
+        norm = head.norm.to(dtype)
+        errors = _errors(HEAD, head.weight, bits, rounding, model, head.weight.dtype) if HEAD in products else []
 
         def backward(states: Tensor) -> Tensor:
             batch = next(of_batch)
@@ -168,27 +172,38 @@ def _through_head(
             targets = batch.input_ids.roll(-1, dims=1)[predicted].to(states.device)
             owners = batch.examples[:, None].expand_as(predicted)[predicted]
             shares = (1 / predicted.sum(1, keepdim=True)).expand_as(predicted)[predicted].to(states.device)
-            places = predicted.to(states.device)
-            rows_gradient = []
-            for rows, target, owner, share in zip(
-                states[places].split(LOGIT_ROWS),
-                targets.split(LOGIT_ROWS),
-                owners.split(LOGIT_ROWS),
-                shares.split(LOGIT_ROWS),
-                strict=True,
+            gradient = torch.zeros(states.shape, dtype=dtype, device=states.device)
+            places = predicted.nonzero().to(states.device)
+            for place, target, owner, share in zip(
+                *(part.split(head.rows_at_once) for part in (places, targets, owners, shares)), strict=True
             ):
+                rows = states[place[:, 0], place[:, 1]]
+                probabilities = check_logits(head.logits(rows)).softmax(-1)
+                if sampled:
+                    root = probabilities.sqrt()
+                    draw = torch.randn(root.shape, generator=generator).to(root.device)
+                    of_logits = root * draw - probabilities * (root * draw).sum(-1, keepdim=True)
+                else:
+                    of_logits = probabilities
+                    of_logits[torch.arange(len(target)), target] -= 1
+                of_logits = of_logits * share[:, None]
                 with torch.enable_grad():
-                    rows = rows.to(weight.dtype).clone().requires_grad_()
+                    rows = rows.to(dtype).clone().requires_grad_()
                     normed = norm(rows)
-                    logits = check_logits(nn.functional.linear(normed, weight).float())
-                    loss = (nn.functional.cross_entropy(logits, target, reduction="none") * share).sum()
-                    of_rows, of_logits = torch.autograd.grad(loss, (rows, logits))
-                for place, error in enumerate(errors):
-                    moved = nn.functional.linear(normed.detach(), error).float()
-                    products[HEAD][:, place].index_add_(0, owner, (of_logits * moved).sum(-1).double().cpu())
-                rows_gradient.append(of_rows)
-            gradient = torch.zeros(states.shape, dtype=weight.dtype, device=states.device)
-            gradient[places] = torch.cat(rows_gradient)
+                of_normed = torch.zeros_like(rows)
+                moved = torch.zeros(len(rows), len(errors), dtype=torch.float64)
+                # In parts: in float32 the head of a large model would be the largest thing in memory.
+                for first in range(0, head.weight.shape[0], _HEAD_ROWS):
+                    part = slice(first, first + _HEAD_ROWS)
+                    of_part = of_logits[:, part]
+                    of_normed += of_part.to(dtype) @ head.weight[part].to(dtype)
+                    for i, error in enumerate(errors):
+                        by_error = nn.functional.linear(normed.detach(), error[part].to(dtype))
+                        moved[:, i] += (of_part * by_error.float()).sum(-1).double().cpu()
+                if errors:
+                    products[HEAD].index_add_(0, owner, moved)
+                (of_rows,) = torch.autograd.grad(normed, rows, of_normed)
+                gradient[place[:, 0], place[:, 1]] = of_rows
             return gradient
 
         return hidden.map(backward)
@@ -210,7 +225,7 @@ def _through_block(
         examples = torch.empty(0)
 
         def record(name: str, matrix: nn.Linear) -> None:
-            errors = _errors(name, matrix.weight, bits, rounding, model)
+            errors = _errors(name, matrix.weight, bits, rounding, model, _gradient_dtype(model))
 
             def at_forward(_: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
                 x = arguments[0].detach()  # [B, T, K]
@@ -250,12 +265,13 @@ def _through_block(
             handle.remove()
 
 
-def _errors(name: str, weight: Tensor, bits: Sequence[int], rounding: Rounding, model: StreamedModel) -> list[Tensor]:
+def _errors(
+    name: str, weight: Tensor, bits: Sequence[int], rounding: Rounding, model: StreamedModel, dtype: torch.dtype
+) -> list[Tensor]:
     """Q_b(W) - W [N, K] for each bitwidth."""
     stored = weight.to(model.dtype)
     if not is_quantizable(stored.shape[1]):
         return []
-    dtype = _gradient_dtype(model)
     return [(rounding(name, stored, width).float() - stored.float()).to(dtype) for width in bits]
 
 

@@ -1,172 +1,165 @@
-"""TAQO (TAQ-O): the oracle. What the task loses when one layer alone is quantized.
+"""TAQO (TAQ-O): the oracle. What the task loses when one unit alone is quantized.
 
-Delta_l = metric(full precision) - metric(layer l alone at low bits), on labelled calibration examples
-(arXiv 2511.06516, eq. 7). The metric is exact match by teacher forcing: greedy decoding gives exactly the gold
-completion if and only if every gold token, the end included, is the most likely one given its gold prefix, so one
-forward pass replaces a generation. Differences are paired over examples, which is where their standard errors come
-from. Layers whose drop cannot be told from zero are not ranked by it but by the increase of the answer's negative
-log-likelihood, which comes from the same pass.
+Delta_l = metric(full precision) - metric(unit l alone at low bits), on labelled calibration examples
+(arXiv 2511.06516, eq. 7). Differences are paired over examples, which is where their standard errors come from. Units
+whose drop cannot be told from zero are not ranked by it but by the increase of the answer's negative log-likelihood
+(NLL), which is also the cost per bitwidth; the score is that of the lowest bitwidth.
 
-Quantizing layer l changes nothing before it, so the hidden states entering l are kept and only blocks l..N run. Each
-layer is journalled when done; the same command resumes.
+`measure`:
+- `teacher-forced` (default): exact match of the reference completion. Greedy decoding gives exactly the completion if
+  and only if every token of it, the end included, is the most likely one given those before, so one forward pass
+  replaces a generation, and the NLL comes from the same pass.
+- `generate`: the task's own metric (em, f1, math, pass@1) of greedy outputs, by the whole model in memory
+  (`generate.py`); outputs that a unit does not change are recognised by teacher forcing and not generated again. The
+  NLL is measured as before.
+
+Quantizing unit l changes nothing before it, so only what follows is run (`one_at_a_time.py`, which also journals).
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from taq_vllm.distributed import gather
 from taq_vllm.hidden_states import HiddenStates
-from taq_vllm.plan import GROUP_SIZE, write_atomically
-from taq_vllm.progress import steps
-from taq_vllm.quantizer import quantize
+from taq_vllm.one_at_a_time import (
+    Key,
+    Rounding,
+    Values,
+    check_bits,
+    check_logits,
+    mean_and_stderr,
+    walk,
+)
 from taq_vllm.scores import UnitScore
 from taq_vllm.scoring import Run
-from taq_vllm.stream import Batch, StreamedModel, make_batches, matrices_of, replace_weight
-from taq_vllm.units import layer_of
+from taq_vllm.stream import Batch, Head, make_batches
+from taq_vllm.units import GRANULARITIES  # noqa: F401
 
 READS = "answers"
-GRANULARITIES = ("layer",)
 COST_UNIT = "nats per answer token"
 
-_LOGIT_ROWS = 2048  # predicted tokens per chunk: 2048 x 128k logits in float32 are 1 GB
 _DISTINGUISHABLE = 1.96  # standard errors; two-sided 95%
 
 
 class Settings(BaseModel):
-    """How each layer is perturbed and measured."""
+    """How each unit is perturbed and measured."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bits: Literal[4, 8] = 4
-    symmetric: bool = False
+    bits: tuple[int, ...] = (4,)
+    symmetric: bool | None = None
+    """None: what plans do at each bitwidth (asymmetric below 8)."""
+    measure: Literal["teacher-forced", "generate"] = "teacher-forced"
+    metric: Literal["exact", "task"] | None = None
+    """`exact` match of the reference completion, or the `task`'s metric; None for what `measure` gives."""
+    allow_code_execution: bool = False
+    """Permission to run the Python code that the model writes (generating for pass@1)."""
     gamma: float = Field(0.01, ge=0)
-    """Layers whose exact match drops by at least this much are critical (eq. 7)."""
+    """Units whose metric drops by at least this much are critical (eq. 7)."""
     max_examples: int = Field(256, ge=2)
     batch_size: int = Field(32, ge=1)
 
+    _bits = field_validator("bits")(check_bits)
 
-@dataclass(frozen=True)
-class Answers:
-    """What a model makes of the gold completions.
-
-    Attributes:
-        exact: [examples] float64, 1 where every token of the completion is the most likely one.
-        nll: [examples] float64, mean negative log-likelihood per completion token, nats.
-    """
-
-    exact: Tensor
-    nll: Tensor
+    @model_validator(mode="after")
+    def _metric_fits_measure(self) -> "Settings":
+        if self.measure == "generate" and self.metric == "exact":
+            raise ValueError(
+                "got measure generate with metric exact; exact match of the reference needs no generation: use "
+                "measure=teacher-forced, or metric=task"
+            )
+        return self
 
 
 def score_units(run: Run, settings: Settings) -> list[UnitScore]:
-    """Score every unit by the drop that it alone causes."""
-    model, sequences, journal = run.model, run.sequences, run.journal
-    batches = make_batches(sequences, settings.batch_size)
-    done = _read_journal(journal)
-    waiting = [layer for layer in range(model.layers) if layer not in done]
-    runs = len(batches) * (model.layers + sum(model.layers - layer for layer in waiting))
-    hidden = model.embed(batches)
-    with steps("taqo: one layer at a time", runs) as progress:
-        for layer in range(model.layers):
-            with model.block(layer) as block:
-                after = hidden.map(lambda states, layer=layer, block=block: model.run(layer, block, states))
-                progress.advance(len(batches))
-                if layer in waiting:
-                    for matrix in matrices_of(block).values():
-                        if matrix.in_features % GROUP_SIZE == 0:
-                            stored = matrix.weight.to(model.dtype)
-                            replace_weight(matrix, quantize(stored, settings.bits, settings.symmetric).dequantize())
-                    perturbed = hidden.map(lambda states, layer=layer, block=block: model.run(layer, block, states))
-                    progress.advance(len(batches))
-            if layer in waiting:
-                for later in range(layer + 1, model.layers):
-                    with model.block(later) as block:
-                        perturbed.replace(lambda states, later=later, block=block: model.run(later, block, states))
-                    progress.advance(len(batches))
-                done[layer] = read_answers(model, batches, perturbed, len(sequences))
-                _append(journal, layer, done[layer])
-            hidden = after
-    full = read_answers(model, batches, hidden, len(sequences))
-    return [_unit_score(unit, full, done[layer_of(unit)], settings) for unit in run.units]
+    """Score every unit by the drop that it alone causes.
+
+    Raises:
+        ValueError: a metric that cannot be teacher-forced, code to run without permission, an example or a model that
+            is too large to generate with, or logits that are not finite.
+    """
+    if settings.measure == "teacher-forced" and settings.metric == "task" and run.task.metric != "em":
+        raise ValueError(
+            f"{run.task.path} is judged by {run.task.metric}, which needs the model's own words and cannot be "
+            "teacher-forced: add measure=generate, or take metric=exact (the reference completion, token by token)"
+        )
+    rounding = Rounding(settings.symmetric)
+    outputs = None
+    if settings.measure == "generate":
+        from taq_vllm.generate import TaskOutputs
+
+        outputs = TaskOutputs(run, rounding, settings.batch_size, settings.allow_code_execution)
+    batches = make_batches(run.sequences, settings.batch_size)
+
+    def read(changed: Key | None, hidden: HiddenStates, head: Head, _: Head) -> Values:
+        values = read_answers(batches, hidden, head, len(run.sequences))
+        if outputs is not None:
+            values["task"] = outputs.full if changed is None else outputs.changed(*changed)
+        return values
+
+    found, hidden = walk(run, batches, settings.bits, rounding, read, "taqo: one unit at a time")
+    with run.model.head() as head:
+        full = read(None, hidden, head, head)
+    return [
+        _unit_score(unit, full, {bits: found[unit, bits] for bits in settings.bits}, settings) for unit in run.units
+    ]
 
 
-def read_answers(model: StreamedModel, batches: Sequence[Batch], hidden: HiddenStates, examples: int) -> Answers:
+def read_answers(batches: Sequence[Batch], hidden: HiddenStates, head: Head, examples: int) -> Values:
     """Exact match and NLL of the completions from the last block's hidden states.
 
     Args:
-        model: gives the final norm and the head.
-        batches: the calibration batches.
+        batches: this process's calibration batches.
         hidden: the last block's output, [B, T, d] per batch.
-        examples: number of calibration examples.
+        head: final norm and head.
+        examples: number of calibration examples of this process.
+
+    Returns:
+        `exact`: 1 where every token of the completion is the most likely one; `nll`: mean negative log-likelihood per
+        completion token, nats. [examples of all processes] float64.
     """
     wrong = torch.zeros(examples, dtype=torch.float64)
     nll = torch.zeros(examples, dtype=torch.float64)
     tokens = torch.zeros(examples, dtype=torch.float64)
-    with model.head() as head:
-        for batch, states in zip(batches, hidden, strict=True):
-            predicted = batch.is_predicted
-            targets = batch.input_ids.roll(-1, dims=1)[predicted]
-            owners = batch.examples[:, None].expand_as(predicted)[predicted]
-            selected = states[predicted.to(states.device)]
-            for rows, target, owner in zip(
-                selected.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), owners.split(_LOGIT_ROWS), strict=True
-            ):
-                logits = head.logits(rows).cpu()
-                wrong.index_add_(0, owner, (logits.argmax(-1) != target).double())
-                loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-                nll.index_add_(0, owner, loss.double())
-                tokens.index_add_(0, owner, torch.ones(len(target), dtype=torch.float64))
-    return Answers(exact=(wrong == 0).double(), nll=nll / tokens)
+    for batch, states in zip(batches, hidden, strict=True):
+        predicted = batch.is_predicted
+        targets = batch.input_ids.roll(-1, dims=1)[predicted]
+        owners = batch.examples[:, None].expand_as(predicted)[predicted]
+        selected = states[predicted.to(states.device)]
+        for rows, target, owner in zip(
+            *(part.split(head.rows_at_once) for part in (selected, targets, owners)), strict=True
+        ):
+            logits = check_logits(head.logits(rows)).cpu()
+            wrong.index_add_(0, owner, (logits.argmax(-1) != target).double())
+            loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+            nll.index_add_(0, owner, loss.double())
+            tokens.index_add_(0, owner, torch.ones(len(target), dtype=torch.float64))
+    return {"exact": gather((wrong == 0).double()), "nll": gather(nll / tokens)}
 
 
-def _unit_score(unit: str, full: Answers, perturbed: Answers, settings: Settings) -> UnitScore:
-    drop, drop_stderr = _mean_and_stderr(full.exact - perturbed.exact)
-    increase, increase_stderr = _mean_and_stderr(perturbed.nll - full.nll)
+def _unit_score(unit: str, full: Values, perturbed: dict[int, Values], settings: Settings) -> UnitScore:
+    lowest = settings.bits[0]
+    metric = "task" if settings.measure == "generate" else "exact"
+    drop, drop_stderr = mean_and_stderr(full[metric] - perturbed[lowest][metric])
+    increases = {bits: mean_and_stderr(values["nll"] - full["nll"]) for bits, values in perturbed.items()}
+    increase, increase_stderr = increases[lowest]
     return UnitScore(
         unit=unit,
         score=drop,
         stderr=drop_stderr,
         from_zero=abs(drop) > _DISTINGUISHABLE * drop_stderr,
         tiebreak=increase,
-        costs={settings.bits: increase},
-        cost_stderrs={settings.bits: increase_stderr},
+        costs={bits: cost for bits, (cost, _) in increases.items()},
+        cost_stderrs={bits: stderr for bits, (_, stderr) in increases.items()},
         details={
             "critical": drop >= settings.gamma,
             "nll_increase": increase,
             "nll_increase_stderr": increase_stderr,
             "nll_from_zero": abs(increase) > _DISTINGUISHABLE * increase_stderr,
-            "full_exact_match": full.exact.mean().item(),
+            "full_exact_match": full["exact"].mean().item(),
+            "full_metric": full[metric].mean().item(),
         },
     )
-
-
-def _mean_and_stderr(differences: Tensor) -> tuple[float, float]:
-    return differences.mean().item(), (differences.std(unbiased=True) / len(differences) ** 0.5).item()
-
-
-def _read_journal(journal: Path) -> dict[int, Answers]:
-    if not journal.is_file():
-        return {}
-    done = {}
-    whole = []
-    for line in journal.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            write_atomically(journal, "".join(whole))  # cut off by a killed run: its layer is run again
-            break
-        whole.append(line)
-        entry = json.loads(line)
-        done[entry["layer"]] = Answers(
-            exact=torch.tensor(entry["exact"], dtype=torch.float64), nll=torch.tensor(entry["nll"], dtype=torch.float64)
-        )
-    return done
-
-
-def _append(journal: Path, layer: int, answers: Answers) -> None:
-    with journal.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"layer": layer, "exact": answers.exact.tolist(), "nll": answers.nll.tolist()}) + "\n")
