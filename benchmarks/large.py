@@ -5,8 +5,8 @@ them: `taq score` (taq, 64 prompts), `taq plan`, `taq quantize`, `taq verify`. S
 quantizing twice, at random points, and each time the same command is run again. Resident memory is what the system
 measured of each process (`ru_maxrss` of the child, which is its VmHWM). It must stay below 6 GB.
 
-First the same is done with a twin (4 layers, a quarter of the width), and once more without kills: scores, plan and
-the sha256 of every file must be equal.
+Then the same is done with a twin (4 layers, a quarter of the width), and once more without kills: scores, plan and the
+sha256 of every file must be equal.
 
     python -m benchmarks.large --size 8b --out benchmarks/results/large-cpu.jsonl
     python -m benchmarks.large --table benchmarks/results/large-cpu.jsonl
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 LAB = Path(__file__).parent / "lab"
 MOST_RESIDENT_BYTES = 6_000_000_000
 PROMPTS = 64
-MAX_TOKENS = 64
+MAX_TOKENS = 32
 KILLS = (("score", 1), ("quantize", 2))
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -326,10 +326,10 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.provenance import provenance
 
     run = (arguments.method, arguments.budget, arguments.threads)
-    differs = twin_is_equal(shape.twin, arguments.work, *run, arguments.seed)
     model = make_model(shape, arguments.work / shape.name / "bf16")
     folder = run_in(arguments.work / shape.name / "interrupted")
     steps = whole_way(model, folder, shape, *run, arguments.seed)
+    differs = twin_is_equal(shape.twin, arguments.work, *run, arguments.seed)
     out = folder / "out"
     peak = max(max(step.peak_bytes) for step in steps)
     line = {
