@@ -4,7 +4,6 @@ import hashlib
 import importlib
 import json
 import os
-import pkgutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,13 +16,11 @@ from pydantic import ValidationError
 from taq_vllm import distributed, scorers
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import ScorerRef, TaskRef
+from taq_vllm.scorers import SCORERS
 from taq_vllm.scores import Scores
 from taq_vllm.stream import HIDDEN_LIMIT_BYTES, StreamedModel
 from taq_vllm.tasks import Task, TokenizedExample, require_labels, tokenize
 from taq_vllm.units import Granularity, units_of
-
-SCORERS = tuple(sorted(found.name.replace("_", "-") for found in pkgutil.iter_modules(scorers.__path__)))
-"""Names; a scorer's module is imported when it is used."""
 
 
 @dataclass(frozen=True)

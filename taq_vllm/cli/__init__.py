@@ -16,6 +16,7 @@ from taq_vllm.cli.evaluate import compare, evaluate
 from taq_vllm.cli.plan import plan
 from taq_vllm.cli.quantize import quantize, verify
 from taq_vllm.cli.score import score
+from taq_vllm.cli.scores import scores
 from taq_vllm.cli.specialize import specialize
 from taq_vllm.cli.tune import tune
 
@@ -28,6 +29,7 @@ app.command(name="eval")(evaluate)
 app.command()(compare)
 app.command()(specialize)
 app.command()(tune)
+app.add_typer(scores, name="scores")
 
 
 def _version(asked: bool) -> None:

@@ -30,14 +30,32 @@ def score(
     granularity: Annotated[str, typer.Option(help=f"What is scored: {', '.join(GRANULARITIES)}.")] = "layer",
     head: Annotated[bool, typer.Option("--head", help="Score lm_head as well.")] = False,
     device: Device = "cpu",
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Permit taqo to run generated Python (pass@1).")
+    ] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Score every layer of a model for a task."""
+    """Score every unit of a model for a task: layers, fused layers or matrices."""
     from taq_vllm.scoring import score as run
     from taq_vllm.tasks import load_task
 
-    scores, fresh = run(ModelFiles(model), load_task(task), scorer, output, settings_of(setting), device, force)
+    if granularity not in GRANULARITIES:
+        raise typer.BadParameter(f"got granularity {granularity!r}; there are {', '.join(GRANULARITIES)}")
+    settings = settings_of(setting)
+    if allow_code_execution:
+        settings["allow_code_execution"] = True
+    scores, fresh = run(
+        ModelFiles(model),
+        load_task(task) if task else None,
+        scorer,
+        output,
+        settings,
+        device,
+        force,
+        granularity,
+        head,
+    )
     if as_json:
         print_json(scores.model_dump(mode="json") | {"done_before": not fresh})
         return

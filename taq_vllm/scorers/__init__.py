@@ -10,3 +10,8 @@ A scorer is a module of this package (`weight_error.py` is `weight-error`) with
 
 `scoring.score` runs one and writes `scores.json`.
 """
+
+import pkgutil
+
+SCORERS = tuple(sorted(found.name.replace("_", "-") for found in pkgutil.iter_modules(__path__)))
+"""Names; a scorer's module is imported when it is used."""

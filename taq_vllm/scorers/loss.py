@@ -55,7 +55,6 @@ COST_UNIT = "nats per answer token"
 
 _SAVE_EVERY_S = 60.0
 _HEAD_ROWS = 8192  # 8192 x 8192 in float32 are 256 MB
-_DISTINGUISHABLE = 1.96  # standard errors; two-sided 95%
 
 
 class Settings(BaseModel):
@@ -295,7 +294,6 @@ def _unit_score(unit: str, products: Tensor, tokens: Tensor, settings: Settings)
         unit=unit,
         score=costs[lowest],
         stderr=stderrs[lowest],
-        from_zero=abs(costs[lowest]) > _DISTINGUISHABLE * stderrs[lowest],
         tiebreak=second_mean,
         costs=costs,
         cost_stderrs=stderrs,
