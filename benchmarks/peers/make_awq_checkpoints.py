@@ -42,8 +42,12 @@ def write_checkpoint(model_dir: Path, out: Path, texts: list[str]) -> None:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if not torch.accelerator.is_available():
+        # 0.14 pins activations for faster copies to a GPU, and torch has no pinned memory where there is none.
+        IntermediatesCache.pin_memory = lambda *arguments: None
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     end = [tokenizer.eos_token_id]
