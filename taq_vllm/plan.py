@@ -232,9 +232,8 @@ class Plan(_Record):
             raise ValueError(f"got menu {self.menu}, allowed are ascending bitwidths among {STUDY_BITS}")
         for name, matrix in self.matrices.items():
             if matrix.bits not in self.menu:
-                raise ValueError(
-                    f"matrices.{name}: got {matrix.bits} bits, allowed are {', '.join(map(str, self.menu))} (the plan's menu)"
-                )
+                allowed = ", ".join(map(str, self.menu))
+                raise ValueError(f"matrices.{name}: got {matrix.bits} bits, allowed are {allowed} (the plan's menu)")
         return self
 
     @classmethod

@@ -124,15 +124,16 @@ def test_tune_measures_a_models_layers_where_the_kernels_look_for_them(taq, mode
     code, text, _ = taq(*command, "--json")
     assert code == 0
     done = json.loads(text)
-    # qkv [512, 256], o [256, 256], gate_up [768, 256], down [256, 384]; 4, 8 and 16 bits; two M.
-    assert (done["measured"], done["kept"], done["left"]) == (4 * 3 * 2, 0, 0)
+    # qkv [512, 256], o [256, 256], gate_up [768, 256], down [256, 384], head [3072, 256]; 4, 8 and 16 bits;
+    # two M.
+    assert (done["measured"], done["kept"], done["left"]) == (5 * 3 * 2, 0, 0)
     assert done["output"] == str(tmp_path / "cache" / "taq_kernels" / "tuned" / "cpu.json")
     entries = tuned.latencies_for("cpu")
-    assert {(e.rows, e.columns) for e in entries} == {(512, 256), (256, 256), (768, 256), (256, 384)}
+    assert {(e.rows, e.columns) for e in entries} == {(512, 256), (256, 256), (768, 256), (256, 384), (3072, 256)}
     assert all(e.us > 0 for e in entries)
     before = Path(done["output"]).read_text()
     code, text, _ = taq(*command)
-    assert "0 measured now, 24 were there" in text
+    assert "0 measured now, 30 were there" in text
     assert "microseconds on cpu" in text
     assert Path(done["output"]).read_text() == before
 
@@ -140,9 +141,9 @@ def test_tune_measures_a_models_layers_where_the_kernels_look_for_them(taq, mode
 def test_tune_stops_when_its_time_is_up_and_continues(taq, model, tmp_path, quick_tuning):
     table = tmp_path / "t.json"
     command = ("tune", model, "--device", "cpu", "--m", "1", "-o", table, "--json")
-    assert json.loads(taq(*command, "--max-seconds", "0")[1])["left"] == 12
-    assert json.loads(taq(*command)[1])["measured"] == 12
-    assert json.loads(taq(*command, "--force")[1])["measured"] == 12
+    assert json.loads(taq(*command, "--max-seconds", "0")[1])["left"] == 15
+    assert json.loads(taq(*command)[1])["measured"] == 15
+    assert json.loads(taq(*command, "--force")[1])["measured"] == 15
 
 
 def test_tune_cuts_layers_for_ranks_and_takes_a_plan(taq, model, tmp_path, quick_tuning):
@@ -156,6 +157,7 @@ def test_tune_cuts_layers_for_ranks_and_takes_a_plan(taq, model, tmp_path, quick
         (256, 128, 128),
         (384, 256, 128),
         (256, 192, 64),
+        (1536, 256, 128),
     }
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from taq_kernels import timing, tune, tuned
-from taq_kernels.tuned import ConfigEntry, LatencyEntry, Table
+from taq_kernels.tuned import ConfigEntry, LatencyEntry, StepEntry, Table
 
 GPU = "NVIDIA Test 1"
 CPU = torch.device("cpu")
@@ -246,8 +246,30 @@ def test_layers_are_cut_as_vllm_cuts_them():
     assert shapes_of(tune.layers_of(fused, {}, (24, 8), 12)) == {(((b, 256 + 256),), 3072, 128) for b in (4, 8)}
 
 
-def test_matrices_that_stay_in_16_bits_are_not_tuned():
-    assert tune.layers_of({"model.layers.0.mlp.down_proj": (256, 200)}, {}, (4, 2)) == []
+def test_matrices_that_stay_in_16_bits_are_timed_in_16_bits_and_not_tuned():
+    layers = tune.layers_of({"model.layers.0.mlp.down_proj": (256, 200)}, {}, (4, 2))
+    assert shapes_of(layers) == {(((16, 256),), 200, 128)}
+    assert [(task.chooses, task.layer.shapes) for task in tune._tasks(layers, CPU, (1,))] == [(False, ((16, 256),))]
+
+
+def test_the_head_is_tuned_like_a_layer_and_padded_where_it_is_cut():
+    head = {"lm_head": (1000, 256)}
+    assert shapes_of(tune.layers_of(head, {}, (4, 2))) == {(((bits, 1000),), 256, 128) for bits in (4, 8)}
+    assert shapes_of(tune.layers_of(head, {}, (4, 2), 2)) == {(((bits, 512),), 256, 128) for bits in (4, 8)}
+
+
+def test_steps_survive_their_file_and_tables_without_them_are_read(tmp_path):
+    step = StepEntry("0123456789abcdef", 16, 0, 850.5, 4000.0)
+    table().with_entries(steps=[replace(step, us=1.0)]).with_entries(steps=[step]).save(tmp_path / "t.json")
+    assert Table.load(tmp_path / "t.json").steps == (step,)
+    record = json.loads(table().to_json())
+    del record["steps"]
+    (tmp_path / "old.json").write_text(json.dumps(record))
+    assert Table.load(tmp_path / "old.json") == table()
+    record["steps"] = [{"model": "a", "tokens": 1, "threads": 0, "us": 2.0, "step_us": 1.0}]
+    (tmp_path / "old.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="needed is 0 to step_us"):
+        Table.load(tmp_path / "old.json")
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
     "up_proj": "gate_up_proj",
 }
 _CUT_BY_COLUMNS = ("o_proj", "down_proj")
+_VOCABULARY_STEP = 64  # vLLM pads a head that it cuts to a multiple of this
 _HEAT_RUNS = 5
 _FINALISTS = 4
 _SECONDS = 1.0  # for one latency; on a CPU, a call at large M takes longer than it varies
@@ -108,11 +109,11 @@ def layers_of(
     heads: tuple[int, int],
     tensor_parallel_size: int = 1,
 ) -> list[Layer]:
-    """The different fused linears of a model: in 4 and in 8 bits, and as a plan has them.
+    """The different fused linears of a model, its head among them: in 4 and in 8 bits, and as a plan has them.
 
     Args:
         matrices: (N, K) of every planned matrix by its Hugging Face name.
-        bits: what a plan gives each; empty without a plan.
+        bits: what a plan gives each; a matrix that it does not name has 16.
         heads: numbers of attention heads and of key/value heads.
         tensor_parallel_size: ranks.
 
@@ -128,7 +129,9 @@ def layers_of(
         local = [_local_shape(name, matrices[name], heads, tensor_parallel_size) for name in names]
         columns = local[0][1]
         if matrices[names[0]][1] % GROUP_SIZE:
-            continue  # stays at 16 bits in every plan
+            # It stays at 16 bits in every plan: there is nothing to tune, but a time to know.
+            found[Layer(((16, sum(rows for rows, _ in local)),), columns, GROUP_SIZE)] = None
+            continue
         group_size = math.gcd(GROUP_SIZE, columns)
         if group_size < SMALLEST_GROUP:
             raise ValueError(
@@ -136,7 +139,7 @@ def layers_of(
                 f"{GROUP_SIZE} into pieces of {group_size}; choose another --tensor-parallel-size"
             )
         plans = [[4] * len(names), [8] * len(names)]
-        if bits and any(bits[name] < 16 for name in names):
+        if any(bits.get(name, 16) < 16 for name in names):
             plans.append([bits[name] for name in names])
         for plan in plans:
             shapes = tuple((width, rows) for width, (rows, _) in zip(plan, local, strict=True))
@@ -148,6 +151,8 @@ def _local_shape(name: str, shape: tuple[int, int], heads: tuple[int, int], rank
     """(N, K) of a rank's part, as vLLM cuts it: key/value heads are copied where there are more ranks than heads."""
     rows, columns = shape
     last = name.rpartition(".")[2]
+    if last == "lm_head" and ranks > 1:
+        rows = -(-rows // _VOCABULARY_STEP) * _VOCABULARY_STEP
     if last in _CUT_BY_COLUMNS:
         whole, parts = columns, [(columns, ranks)]
     elif last in ("k_proj", "v_proj"):
@@ -232,7 +237,7 @@ def _table_at(path: Path, device: torch.device) -> Table:
     table = Table.load(path)
     if table.device != empty.device:
         raise ValueError(f"{path} holds {table.device!r}, this is {empty.device!r}; choose another output")
-    return replace(empty, configs=table.configs, latencies=table.latencies) if table.kernel == empty.kernel else empty
+    return replace(table, measured_with=empty.measured_with) if table.kernel == empty.kernel else empty
 
 
 def _writable(folder: Path) -> bool:
@@ -257,11 +262,17 @@ def _tasks(layers: Sequence[Layer], device: torch.device, tokens: Sequence[int])
     if device.type == "cuda":
         from taq_kernels import gemm
 
-        tasks += [Task(layer, bucket, True) for layer in layers for bucket in gemm.BUCKETS]
+        tasks += [Task(layer, bucket, True) for layer in layers if _quantized(layer) for bucket in gemm.BUCKETS]
     singles = dict.fromkeys(
-        Layer(((bits, layer.rows),), layer.columns, layer.group_size) for layer in layers for bits in (4, 8, 16)
+        Layer(((bits, layer.rows),), layer.columns, layer.group_size)
+        for layer in layers
+        for bits in ((4, 8, 16) if _quantized(layer) else (16,))
     )
     return tasks + [Task(layer, m, False) for layer in singles for m in tokens]
+
+
+def _quantized(layer: Layer) -> bool:
+    return any(bits < 16 for bits, _ in layer.shapes)
 
 
 def _key(task: Task, device: torch.device) -> tuple:

@@ -2,8 +2,9 @@
 
 A table holds what `taq_kernels.tune` measured on one device with one version of the kernels: for each layer (rows per
 bitwidth, K, group size) and bucket of M the launch configuration that was fastest, and the microseconds that a matrix
-takes by (N, K, bits, M), which latency budgets are made of. Tables can come with the package (`tuned/`); what `taq
-tune` wrote on this machine ($XDG_CACHE_HOME or ~/.cache, `taq_kernels/tuned/`) wins over them, entry by entry.
+takes by (N, K, bits, M), which latency budgets are made of, beside what a decode step takes for all else. Tables can
+come with the package (`tuned/`); what `taq tune` wrote on this machine ($XDG_CACHE_HOME or ~/.cache,
+`taq_kernels/tuned/`) wins over them, entry by entry.
 
 Entries are only as good as the code they were measured with: a table of another version of the kernels is ignored,
 with one warning. A file that is not a table, or not this device's, is an error. Needs neither torch nor triton.
@@ -92,7 +93,32 @@ class LatencyEntry:
         return self.rows, self.columns, self.bits, self.group_size, self.tokens, self.threads
 
 
-Entry = TypeVar("Entry", ConfigEntry, LatencyEntry)
+@dataclass(frozen=True)
+class StepEntry:
+    """What a decode step takes beside its matrices: attention, norms, sampling, the engine itself.
+
+    Attributes:
+        model: fingerprint of the shapes of a model's matrices, as its planner makes it.
+        tokens: M, sequences in the batch.
+        threads: that computed it on a CPU; 0 on a GPU.
+        us: microseconds of a step of the 16-bit model without the 16-bit latencies of its matrices and head; 0 where
+            the engine overlaps more than there is to add.
+        step_us: microseconds of the whole step.
+    """
+
+    model: str
+    tokens: int
+    threads: int
+    us: float
+    step_us: float
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two entries answers to one question."""
+        return self.model, self.tokens, self.threads
+
+
+Entry = TypeVar("Entry", ConfigEntry, LatencyEntry, StepEntry)
 
 
 @dataclass(frozen=True)
@@ -105,6 +131,7 @@ class Table:
         measured_with: versions and hardware, for people.
         configs: of launches; none on a CPU, whose kernel has nothing to choose.
         latencies: of single matrices.
+        steps: of what a decode step has beside them; tables that were written before there were any lack the field.
     """
 
     device: str
@@ -112,17 +139,28 @@ class Table:
     measured_with: Mapping[str, str]
     configs: tuple[ConfigEntry, ...] = ()
     latencies: tuple[LatencyEntry, ...] = ()
+    steps: tuple[StepEntry, ...] = ()
 
-    def with_entries(self, configs: Iterable[ConfigEntry] = (), latencies: Iterable[LatencyEntry] = ()) -> "Table":
+    def with_entries(
+        self,
+        configs: Iterable[ConfigEntry] = (),
+        latencies: Iterable[LatencyEntry] = (),
+        steps: Iterable[StepEntry] = (),
+    ) -> "Table":
         """This table where entries of the same key are replaced and others added."""
-        return replace(self, configs=_merge(self.configs, configs), latencies=_merge(self.latencies, latencies))
+        return replace(
+            self,
+            configs=_merge(self.configs, configs),
+            latencies=_merge(self.latencies, latencies),
+            steps=_merge(self.steps, steps),
+        )
 
     def to_json(self) -> str:
         """JSON with an entry per line, so that tables diff line by line."""
         head = {"version": VERSION, "device": self.device, "kernel": self.kernel}
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
         lines.append(f'  "measured_with": {json.dumps(dict(self.measured_with))}')
-        for name, entries in (("configs", self.configs), ("latencies", self.latencies)):
+        for name, entries in (("configs", self.configs), ("latencies", self.latencies), ("steps", self.steps)):
             rows = ",\n".join(f"    {json.dumps(asdict(entry))}" for entry in sorted(entries, key=lambda e: e.key))
             lines.append(f'  "{name}": [\n{rows}\n  ]' if rows else f'  "{name}": []')
         return "{\n" + ",\n".join(lines) + "\n}\n"
@@ -151,10 +189,11 @@ class Table:
             raise ValueError(f"{path} is not JSON ({error}). {_REMEDY}") from error
         if not isinstance(record, dict) or record.pop("version", None) != VERSION:
             raise ValueError(f"{path} is not a table of version {VERSION}. {_REMEDY}")
+        record.setdefault("steps", [])
         _check_fields(cls, record, str(path))
         entries = {
             name: tuple(_entry(kind, item, f"{path}: {name}[{place}]") for place, item in enumerate(record.pop(name)))
-            for name, kind in (("configs", ConfigEntry), ("latencies", LatencyEntry))
+            for name, kind in (("configs", ConfigEntry), ("latencies", LatencyEntry), ("steps", StepEntry))
         }
         return cls(**record, **entries)
 
@@ -164,11 +203,14 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "rows": (int, list),
     "config": (dict,),
     "us": (float, int),
+    "step_us": (float, int),
+    "model": (str,),
     "device": (str,),
     "kernel": (str,),
     "measured_with": (dict,),
     "configs": (list,),
     "latencies": (list,),
+    "steps": (list,),
 }
 """Of fields in JSON; all others are whole numbers."""
 
@@ -198,6 +240,10 @@ def _entry(kind: type[Entry], record: Any, where: str) -> Entry:
             raise ValueError(f"{where}: config is {config!r}, needed are whole numbers. {_REMEDY}")
         numbers += [value for pair in rows for value in pair]
         record = record | {"rows": tuple(map(tuple, rows))}
+    elif kind is StepEntry:
+        numbers = [record["tokens"], record["step_us"]]
+        if not 0 <= record["us"] <= record["step_us"]:
+            raise ValueError(f"{where}: us is {record['us']!r}, needed is 0 to step_us. {_REMEDY}")
     elif isinstance(record["rows"], list):
         raise ValueError(f"{where}: rows is {record['rows']!r}, needed is one number. {_REMEDY}")
     if min(numbers) <= 0:
@@ -307,6 +353,18 @@ def configs_for(
     return found or None
 
 
+def table_for(device: str) -> Table:
+    """All that was measured on a device with these kernels: the packaged table with this machine's own over it.
+
+    Args:
+        device: a GPU's name, or `CPU`.
+
+    Raises:
+        ValueError: the device's table is damaged.
+    """
+    return _tables(device, user_file(device), CPU if device == CPU else "cuda")
+
+
 def latencies_for(device: str) -> tuple[LatencyEntry, ...]:
     """All latencies that were measured on a device.
 
@@ -316,7 +374,7 @@ def latencies_for(device: str) -> tuple[LatencyEntry, ...]:
     Raises:
         ValueError: the device's table is damaged.
     """
-    return _tables(device, user_file(device), CPU if device == CPU else "cuda").latencies
+    return table_for(device).latencies
 
 
 @cache
@@ -332,5 +390,5 @@ def _tables(device: str, user: Path, kind: str) -> Table:
         if table.kernel != merged.kernel:
             _logger.warning("%s was measured with another version of the kernels: not used. Run `taq tune`.", path)
             continue
-        merged = merged.with_entries(table.configs, table.latencies)
+        merged = merged.with_entries(table.configs, table.latencies, table.steps)
     return merged

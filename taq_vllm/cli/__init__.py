@@ -13,7 +13,7 @@ from rich.console import Console
 
 from taq_vllm import __version__
 from taq_vllm.cli.evaluate import compare, evaluate
-from taq_vllm.cli.plan import plan
+from taq_vllm.cli.plan import plan_app
 from taq_vllm.cli.quantize import quantize, verify
 from taq_vllm.cli.score import score
 from taq_vllm.cli.scores import scores
@@ -22,7 +22,7 @@ from taq_vllm.cli.tune import tune
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.command()(score)
-app.command()(plan)
+app.add_typer(plan_app, name="plan")
 app.command()(quantize)
 app.command()(verify)
 app.command(name="eval")(evaluate)

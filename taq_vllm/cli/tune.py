@@ -1,4 +1,4 @@
-"""`taq tune`: the fastest kernel launches on this device, and how long each matrix takes."""
+"""`taq tune`: the fastest kernel launches on this device, and how long each matrix and the rest of a step take."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +22,10 @@ def tune(
     tokens: Annotated[str | None, typer.Option("--m", help="Numbers of tokens for latencies, as 1,16,64.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The table, if not this machine's own.")] = None,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Ranks that the layers are cut for.")] = 1,
+    step: Annotated[
+        bool,
+        typer.Option("--step", help="Also measure a decode step of the 16-bit model with vLLM, for budgets in ms."),
+    ] = False,
     max_seconds: Annotated[float | None, typer.Option(help="Begin nothing after so many; run again for more.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again what the table holds.")] = False,
     as_json: Json = False,
@@ -39,28 +43,61 @@ def tune(
         loaded = Plan.load(plan_file)
         loaded.check_fits(files.ref, files.matrices, files.head, where=str(plan_file))
         bits = {name: entry.bits for name, entry in loaded.matrices.items()}
+    if step and tensor_parallel_size > 1:
+        raise typer.BadParameter("--step is measured on one device; leave out --tensor-parallel-size")
     heads = files.config["num_attention_heads"]
     kv_heads = files.config.get("num_key_value_heads") or heads
+    chosen = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    counted = _token_counts(tokens) if tokens else tuning.TOKENS
     outcome = tuning.tune(
-        tuning.layers_of(files.matrices, bits, (heads, kv_heads), tensor_parallel_size),
-        _device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        _token_counts(tokens) if tokens else tuning.TOKENS,
+        tuning.layers_of({**files.matrices, **files.head}, bits, (heads, kv_heads), tensor_parallel_size),
+        chosen,
+        counted,
         output,
         force=force,
         max_seconds=float("inf") if max_seconds is None else max_seconds,
         track=track,
     )
     counts = {"measured": outcome.measured, "kept": outcome.kept, "left": outcome.left}
+    table = outcome.table
+    if step and not outcome.left:
+        table = _with_steps(table, files, counted, chosen, force)
+        table.save(outcome.path)
     if as_json:
-        print_json({"output": str(outcome.path), "device": outcome.table.device, **counts})
+        print_json({"output": str(outcome.path), "device": table.device, **counts, "steps": len(table.steps)})
         return
-    _print_latencies(outcome.table)
+    _print_latencies(table)
+    if table.steps:
+        _print_steps(table)
     out.print(
         f"{outcome.path}: {len(outcome.table.configs)} configurations and {len(outcome.table.latencies)} latencies; "
         f"{outcome.measured} measured now, {outcome.kept} were there"
     )
     if outcome.left:
-        out.print(f"{outcome.left} are left: run it again to continue")
+        after = "; a step is measured when all are there" if step else ""
+        out.print(f"{outcome.left} are left: run it again to continue{after}")
+
+
+def _with_steps(
+    table: "TunedTable", files: ModelFiles, tokens: tuple[int, ...], device: "torch.device", force: bool
+) -> "TunedTable":
+    """The table with what a decode step takes beside its matrices, for each M that it lacks."""
+    import torch
+    from taq_kernels.tuned import StepEntry
+
+    from taq_vllm.budget import Latencies, model_shape
+    from taq_vllm.step_latency import measure_steps, rest_of
+
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    shape = model_shape(files.matrices, files.head)
+    known = set() if force else {entry.key for entry in table.steps}
+    batches = [count for count in tokens if (shape, count, threads) not in known]
+    if not batches:
+        return table
+    latencies = Latencies.of_table(table, "the table", threads)
+    steps = measure_steps(files, batches, device.type)
+    rests = [(step, rest_of(step, latencies, files)) for step in steps]
+    return table.with_entries(steps=[StepEntry(shape, step.batch, threads, us, step.us) for step, us in rests])
 
 
 def _device(name: str) -> "torch.device":
@@ -77,6 +114,16 @@ def _token_counts(text: str) -> tuple[int, ...]:
     if not all(count.isdecimal() and int(count) > 0 for count in counts):
         raise typer.BadParameter(f"got --m {text!r}; write whole numbers from 1 on, as 1,16,64")
     return tuple(map(int, counts))
+
+
+def _print_steps(tuned: "TunedTable") -> None:
+    """Microseconds of decode steps by model, threads and M."""
+    grid = Table(title=f"decode steps of 16-bit models on {tuned.device}, in microseconds")
+    for column in ("model's shapes", "threads", "batch", "whole step", "beside matrices and head"):
+        grid.add_column(column, justify="right")
+    for entry in sorted(tuned.steps, key=lambda entry: entry.key):
+        grid.add_row(entry.model, str(entry.threads), str(entry.tokens), f"{entry.step_us:.1f}", f"{entry.us:.1f}")
+    out.print(grid)
 
 
 def _print_latencies(tuned: "TunedTable") -> None:
