@@ -1,6 +1,7 @@
 """The head, layer by layer: vLLM's own `ParallelLMHead` with the dequantized weights is the measure."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,11 +56,12 @@ def config_of(bits=8, symmetric=True, target=HEAD, ignore=()):
     return TaqConfig.from_config(config_dict({target: (bits, symmetric)}, ignore))
 
 
-def planned(bits, shape, tied=False, symmetric=True):
-    """A configuration that rounds while loading."""
-    config = TaqConfig()
+def planned(bits, shape, tied=False, symmetric=True, config=None):
+    """A configuration that rounds while loading, or another one, with a plan for the head."""
+    config = config or TaqConfig()
     entry = MatrixPlan(bits=bits, symmetric=symmetric, shape=shape, why="pinned", tied=tied)
     config._planned = {HEAD: (HEAD, entry)}
+    config.plan = SimpleNamespace(matrices={HEAD: entry})
     return config
 
 
@@ -288,11 +290,13 @@ def test_head_outside_the_plan_stays_as_it_is():
 # Tied: the embedding doubles as the head.
 
 
-def test_tied_head_of_16_bits_is_the_embedding_and_holds_nothing(monkeypatch):
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_tied_head_of_16_bits_is_the_embedding_and_holds_nothing(monkeypatch, is_stored):
+    config = config_of(4, True, target="model.layers.0.fc", ignore=[HEAD]) if is_stored else None
     lines = []
     monkeypatch.setattr(plugin_config.logger, "info", lambda message, *values: lines.append(message % values))
     embedding = VocabParallelEmbedding(320, COLUMNS, params_dtype=torch.bfloat16)
-    head = build(planned(16, (320, COLUMNS), tied=True), 320)
+    head = build(planned(16, (320, COLUMNS), tied=True, config=config), 320)
     assert head.tie_weights(embedding) is head
     load(head, {})
     assert head.weight is embedding.weight

@@ -181,7 +181,8 @@ def test_one_line_sums_up_what_was_loaded(served, summaries, plan):
     assert f"{len(plan.matrices)} matrices: {counts[4]} at 4 bits, {counts[8]} at 8 bits, {counts[16]} at 16" in line
     resident = float(line.partition(" MB resident")[0].rpartition(" ")[2]) * 1e6
     planned = sum(matrix.resident_bytes for matrix in plan.matrices.values())
-    assert abs(resident - planned) < 0.02 * planned
+    rounding = 0.05e6  # the line has one decimal
+    assert abs(resident - planned) < rounding + 0.01 * planned
     assert f"kernel {ops.kernel_name(torch.device('cpu'))}" in line
 
 
