@@ -345,6 +345,10 @@ def test_a_conversation_is_a_prompt_and_its_last_reply_the_completion(tmp_path):
     assert second.completion == ""
     assert [m["content"] for m in render(first, load_task(path))] == ["Be brief.", "Hi"]
     assert [m["content"] for m in render(second, load_task(path))] == ["Rhyme.", "Go"]
+    (tmp_path / "shots.jsonl").write_text(json.dumps({**own, "answers": ["ok"]}))
+    content = header(test=None, chat_template=True, few_shot=1, few_shot_file="shots.jsonl")
+    shown = load_task(write(tmp_path, content, [CHAT]))
+    assert [m["content"] for m in render(shown.calibration[0], shown)] == ["Go", "ok", "Hi"]
 
 
 @pytest.mark.parametrize(
