@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results: written by benchmarks/readme.py -->", "<!-- end of results -->"
 
+ACCURACY_STUDIES = ("conditioned-rtn", "plain-rtn", "dense-rtn", "conditioned-clip", "plain-clip", "dense-clip")
+"""In the order of README; one that was not run yet has no lines and no table."""
+
 Line = dict[str, Any]
 
 
@@ -105,6 +108,26 @@ def planning_table(lines: list[Line]) -> str:
     return "**Cost of scoring** (`python -m benchmarks.planning`): " + _markdown(render(lines))
 
 
+def accuracy_table(lines: list[Line]) -> str:
+    """One study of all scorers, at its middle budget, and what must hold at every budget."""
+    from benchmarks.accuracy import STUDIES, must_hold, render
+
+    study = STUDIES[lines[0]["study"]]
+    title = f"**All scorers at equal bytes: {study.name}** (`python -m benchmarks.accuracy {study.name}`): "
+    holds = [f"- {sentence}" for sentence in must_hold(lines)]
+    others = f"All budgets: `python -m benchmarks.accuracy --table {study.name}`."
+    return "\n".join([title + _markdown(render(lines, study.budgets[1])), "", *holds, "", others])
+
+
+def awq_table(lines: list[Line]) -> str:
+    """The paper's baselines beside plans of the same bytes."""
+    from benchmarks.accuracy_served import render
+
+    table, *sentences = render(lines)
+    title = "**AWQ and AWQ-OT, made by llm-compressor** (`python -m benchmarks.accuracy_served`): "
+    return "\n".join([title + _markdown(table), "", *(f"- {sentence}" for sentence in sentences)])
+
+
 def _markdown(table: "Table") -> str:
     """A rich table as Markdown, its title as the sentence above."""
     rows = zip(*(column.cells for column in table.columns), strict=True)
@@ -115,6 +138,8 @@ def _markdown(table: "Table") -> str:
 
 SECTIONS: dict[str, Callable[[list[Line]], str]] = {
     "demo-cpu.jsonl": demo_table,
+    **{f"accuracy-{name}.jsonl": accuracy_table for name in ACCURACY_STUDIES},
+    "accuracy-awq.jsonl": awq_table,
     "parity-cpu.jsonl": parity_table,
     "serving-cpu.jsonl": serving_table,
     "serving-cpu-bf16.jsonl": serving_table,
@@ -127,6 +152,8 @@ def render() -> str:
     """All tables, and what they were measured on."""
     parts = []
     for name, section in SECTIONS.items():
+        if not (RESULTS / name).exists():
+            continue
         lines = [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
         where = lines[0]
         versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if k != "vllm")
