@@ -41,6 +41,7 @@ class Storage:
         limit_bytes: most that is held in memory.
         used_bytes: held now.
         spilled_bytes: held now in files.
+        most_bytes: most that was held at once, in memory and files.
         folder: where files without names are made; a disk, not a tmpfs.
     """
 
@@ -48,6 +49,7 @@ class Storage:
         self.limit_bytes = limit_bytes
         self.used_bytes = 0
         self.spilled_bytes = 0
+        self.most_bytes = 0
         self.folder = folder
 
 
@@ -152,6 +154,7 @@ class HiddenStates:
             storage.used_bytes -= old.nbytes
         elif old is not None:
             storage.spilled_bytes -= old.bytes
+        storage.most_bytes = max(storage.most_bytes, storage.used_bytes + storage.spilled_bytes + size)
         if storage.used_bytes + size <= storage.limit_bytes:
             storage.used_bytes += size
             return states

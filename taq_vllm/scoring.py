@@ -86,20 +86,10 @@ def score(
     Raises:
         ValueError: no such scorer or setting, one that cannot do what is asked, or examples that do not fit the model.
     """
-    module = _module(scorer)
-    chosen = _settings_of(module, scorer, settings or {})
-    if granularity not in module.GRANULARITIES:
-        raise ValueError(
-            f"scorer {scorer} scores {', '.join(module.GRANULARITIES)}, got granularity {granularity!r}; "
-            "plans of any granularity can be made from its scores"
-        )
-    files.check_plannable()
+    asked = prepare(files, task, scorer, settings, granularity)
+    module, chosen, task, examples = asked.module, asked.settings, asked.task, asked.examples
     recorded = chosen.model_dump(mode="json")
-    task_ref, examples = None, 0
-    if module.READS == "weights":
-        task = None
-    else:
-        task_ref, examples = _examples(task, scorer, module.READS, getattr(chosen, "max_examples", None))
+    task_ref = asked.task_ref
     request = {
         "fingerprint": files.ref.fingerprint,
         "task": task_ref and task_ref.model_dump(),
@@ -124,7 +114,7 @@ def score(
     key = hashlib.sha256(json.dumps([request, computed], sort_keys=True).encode()).hexdigest()[:12]
     journal = output.with_name(f"{output.name}.{key}.journal")
     units = units_of([*files.matrices, *(files.head if head else ())], granularity)
-    on = str(model.device) if model else "cpu"
+    on = str(model.device) if model else distributed.device_of(device)
     run = Run(files, on, model, task, distributed.share(sequences), granularity, units, journal)
     found = tuple(module.score_units(run, chosen))
 
@@ -148,6 +138,42 @@ def score(
             if left.name.startswith(journal.name) or left.name.startswith(f".{journal.name}"):
                 left.unlink()
     return scores, True
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request for scores that can be met.
+
+    Attributes:
+        module: the scorer.
+        settings: its own, overrides applied.
+        task: None for scorers that read no examples.
+        task_ref: how the task is recorded.
+        examples: how many of its calibration examples are read.
+    """
+
+    module: ModuleType
+    settings: Any
+    task: Task | None
+    task_ref: TaskRef | None
+    examples: int
+
+
+def prepare(
+    files: ModelFiles, task: Task | None, scorer: str, settings: dict[str, Any] | None, granularity: Granularity
+) -> Asked:
+    """Check a request for scores; arguments and errors are those of `score`."""
+    module = _module(scorer)
+    chosen = _settings_of(module, scorer, settings or {})
+    if granularity not in module.GRANULARITIES:
+        raise ValueError(
+            f"scorer {scorer} scores {', '.join(module.GRANULARITIES)}, got granularity {granularity!r}; "
+            "plans of any granularity can be made from its scores"
+        )
+    files.check_plannable()
+    if module.READS == "weights":
+        return Asked(module, chosen, None, None, 0)
+    return Asked(module, chosen, task, *_examples(task, scorer, module.READS, getattr(chosen, "max_examples", None)))
 
 
 def _finished(output: Path, request: dict[str, Any], force: bool) -> Scores | None:

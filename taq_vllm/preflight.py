@@ -1,0 +1,322 @@
+"""What scoring or quantizing a model will take, before it begins: bytes to read, memory, disk and time.
+
+The asked run is really made, with all its settings and all its calibration examples, on the model's first two blocks.
+What a block costs is measured there and carried to the whole model:
+
+    time   = (loading and running blocks) * runs of all blocks / runs of two + (everything else) * blocks / two
+    memory = what the process held before, a block, hidden states, and what else the two blocks took at their peak
+
+How often block l runs is a + b (l + 1): b is 0 for one pass over the model, and the number of perturbed units where
+each costs a pass over the blocks behind it. Nothing of the sample is kept.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taq_vllm import checkpoint, scoring
+from taq_vllm.checkpoint import Calibration
+from taq_vllm.distributed import device_of
+from taq_vllm.model_files import ModelFiles
+from taq_vllm.plan import Plan
+from taq_vllm.stream import HIDDEN_LIMIT_BYTES, StreamedModel
+from taq_vllm.tasks import Task
+from taq_vllm.units import HEAD, Granularity, layer_of, units_of
+
+_SAMPLED = 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take.
+
+    Attributes:
+        read_bytes: of the model, read in the course of the run; each reading of a block counts.
+        memory_bytes: of the process at its peak, by what holds it.
+        device_bytes: of the GPU's memory at its peak; 0 on a CPU.
+        disk_bytes: written and there at once: the result, and what the run keeps to continue or to spill.
+        free_bytes: on the output's disk.
+        seconds: from start to end.
+        sampled_blocks: blocks that were run to know.
+        sampled_seconds: that they took.
+        block_runs: how often blocks run, all calibration examples each time.
+    """
+
+    read_bytes: int
+    memory_bytes: dict[str, int]
+    device_bytes: int
+    disk_bytes: int
+    free_bytes: int
+    seconds: float
+    sampled_blocks: int
+    sampled_seconds: float
+    block_runs: int
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """All of `memory_bytes`."""
+        return sum(self.memory_bytes.values())
+
+    def record(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self) | {"peak_memory_bytes": self.peak_memory_bytes}
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        parts = ", ".join(f"{name} {_gigabytes(size)}" for name, size in self.memory_bytes.items())
+        gpu = f"; GPU memory {_gigabytes(self.device_bytes)}" if self.device_bytes else ""
+        enough = "" if self.disk_bytes <= self.free_bytes else ": NOT ENOUGH, free some space or choose another output"
+        return [
+            f"reads {_gigabytes(self.read_bytes)} of weights ({self.block_runs} block runs)",
+            f"peak memory about {_gigabytes(self.peak_memory_bytes)} ({parts}){gpu}",
+            f"disk {_gigabytes(self.disk_bytes)}, {_gigabytes(self.free_bytes)} free{enough}",
+            f"time about {duration(self.seconds)}, from {self.sampled_blocks} blocks in "
+            f"{duration(self.sampled_seconds)}",
+        ]
+
+
+def score_estimate(
+    files: ModelFiles,
+    task: Task | None,
+    scorer: str,
+    output: Path,
+    settings: dict[str, Any] | None = None,
+    device: str = "auto",
+    granularity: Granularity = "layer",
+    head: bool = False,
+    hidden_limit_bytes: float = HIDDEN_LIMIT_BYTES,
+    spill_folder: Path | None = None,
+) -> Estimate:
+    """What `scoring.score` will take with the same arguments.
+
+    Raises:
+        ValueError: what it would refuse.
+    """
+    request = scoring.prepare(files, task, scorer, settings, granularity)
+    with _folder_beside(output) as folder:
+        started = time.monotonic()
+        before = _reset_peak()
+        model = None
+        sequences = []
+        if request.task is not None:
+            model = _TwoBlocks(files, device, hidden_limit_bytes, spill_folder or folder)
+            sequences = scoring.calibration_sequences(
+                model, request.task, request.examples, request.module.READS == "answers"
+            )
+        units = units_of([*files.matrices, *(files.head if head else ())], granularity)
+        few = {name: matrices for name, matrices in units.items() if name == HEAD or layer_of(name) < _SAMPLED}
+        on = str(model.device) if model else device_of(device)
+        run = scoring.Run(files, on, model, request.task, sequences, granularity, few, folder / "journal")
+        request.module.score_units(run, request.settings)
+        seconds = time.monotonic() - started
+        kept = _bytes_in(folder)
+        if model is None:
+            whole = files.layers / min(_SAMPLED, files.layers)
+            weights = sum(2 * rows * columns for rows, columns in files.matrices.values())
+            memory = {"libraries": before, "work": max(0, scoring.peak_memory_bytes() - before)}
+            free = shutil.disk_usage(folder).free
+            return Estimate(weights, memory, 0, 0, free, seconds * whole, _SAMPLED, seconds, 0)
+        more_sets = files.layers - model.layers if getattr(request.module, "KEEPS_ALL_HIDDEN_STATES", False) else 0
+        return model.estimate(before, started, seconds, kept, folder, more_sets)
+
+
+def quantize_estimate(
+    files: ModelFiles,
+    plan: Plan,
+    output: Path,
+    calibration: Calibration,
+    task: Task | None = None,
+    device: str = "auto",
+    hidden_limit_bytes: float = HIDDEN_LIMIT_BYTES,
+) -> Estimate:
+    """What `checkpoint.quantize_model` will take with the same arguments.
+
+    Raises:
+        ValueError: what it would refuse.
+    """
+    files.check_plannable()
+    calibration.check()
+    plan.check_fits(files.ref, files.matrices, files.head)
+    plan.check_served("the plan")
+    with _folder_beside(output) as folder:
+        started = time.monotonic()
+        before = _reset_peak()
+        model = _TwoBlocks(files, device, hidden_limit_bytes, folder)
+        # The last shard, of what is outside the blocks, is not sampled: it is copied, and counted as bytes alone.
+        shards = checkpoint._Shards(folder, model.layers + 1, {})
+        shards.done[shards.name(model.layers)] = "not sampled"
+        checkpoint._write_shards(model, plan, shards, calibration, task)
+        seconds = time.monotonic() - started
+        written = sum(file.stat().st_size for file in folder.glob("model-*.safetensors"))
+        kept = _bytes_in(folder) - written + plan.budget.disk_bytes
+        return model.estimate(before, started, seconds, kept, folder, 0)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{hours:.1f} h"
+
+
+class _TwoBlocks(StreamedModel):
+    """The first two blocks of a model, with a clock."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._ready = time.monotonic()
+        self._blocks_s = 0.0
+        self._runs = [0] * self.layers
+        self._loads = [0] * self.layers
+        self._heads = 0
+        self._set_bytes = 0
+        self._row_bytes = 0
+        self._batches = 1
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    @property
+    def layers(self) -> int:
+        """No more than are sampled."""
+        return min(_SAMPLED, super().layers)
+
+    def embed(self, batches: Any) -> Any:
+        """Timed: what comes before is done once."""
+        hidden = super().embed(batches)
+        self._batches = max(1, len(batches))
+        self._set_bytes = sum(states.nbytes for states in hidden)
+        row = self.config.hidden_size * self.dtype.itemsize
+        self._row_bytes = max((len(batch.input_ids.unique()) for batch in batches), default=0) * row
+        self._ready = time.monotonic()
+        return hidden
+
+    @contextmanager
+    def block(self, layer: int) -> Iterator[nn.Module]:
+        """Timed and counted."""
+        started = time.monotonic()
+        with super().block(layer) as block:
+            self._blocks_s += time.monotonic() - started
+            self._loads[layer] += 1
+            yield block
+
+    @contextmanager
+    def head(self) -> Iterator[Any]:
+        """Counted."""
+        self._heads += 1
+        with super().head() as head:
+            yield head
+
+    def run_with_gradient(self, layer: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Timed and counted."""
+        started = time.monotonic()
+        try:
+            return super().run_with_gradient(layer, block, hidden)
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self._blocks_s += time.monotonic() - started
+            self._runs[layer] += 1
+
+    def estimate(
+        self, before: int, started: float, seconds: float, kept: int, folder: Path, more_sets: int
+    ) -> Estimate:
+        """From what was counted.
+
+        Args:
+            before: bytes that the process held before the sample.
+            started: when the sample began.
+            seconds: that it took.
+            kept: bytes on disk when it ended.
+            folder: on the output's disk.
+            more_sets: sets of hidden states that the whole model holds beyond the sample's.
+        """
+        layers = self.files.layers
+        runs = _over_all(self._runs, layers)
+        share = runs / max(1, sum(self._runs)) if any(self._runs) else layers / self.layers
+        fixed = self._ready - started
+        others = max(0.0, seconds - fixed - self._blocks_s)
+        largest = max(2 * rows * columns for rows, columns in self.files.matrices.values())
+        block_bytes = max(self._block_parameters(layer) for layer in range(self.layers)) * self.compute_dtype.itemsize
+        most = self.storage.most_bytes + more_sets * self._set_bytes
+        hidden = int(min(most, self.storage.limit_bytes))
+        sampled_hidden = int(min(self.storage.most_bytes, self.storage.limit_bytes))
+        on_cpu = {
+            "embedding rows": self._row_bytes,
+            "a block": block_bytes + (largest if self.compute_dtype != self.dtype else 0),
+            "hidden states": sampled_hidden,
+        }
+        work = scoring.peak_memory_bytes() - before
+        memory = {"libraries": before}
+        device_bytes = 0
+        if self.device.type == "cuda":
+            device_bytes = torch.cuda.max_memory_allocated(self.device) + hidden - sampled_hidden
+        else:
+            memory |= on_cpu | {"hidden states": hidden}
+            work -= sum(on_cpu.values())
+        memory["work"] = max(0, work)
+        head_bytes = 2 * _product(self.files.head[HEAD]) if self._heads else 0
+        weights = sum(2 * self._block_parameters(layer) for layer in range(self.layers)) / self.layers
+        return Estimate(
+            read_bytes=int(_over_all(self._loads, layers) * weights)
+            + int(self._heads * layers / self.layers) * head_bytes
+            + self._row_bytes * self._batches,
+            memory_bytes=memory,
+            device_bytes=device_bytes,
+            disk_bytes=kept + max(0, int(most) - hidden),
+            free_bytes=shutil.disk_usage(folder).free,
+            seconds=fixed + self._blocks_s * share + others * layers / self.layers,
+            sampled_blocks=self.layers,
+            sampled_seconds=seconds,
+            block_runs=round(runs / self._batches),
+        )
+
+    def _block_parameters(self, layer: int) -> int:
+        prefix = f"model.layers.{layer}."
+        return sum(_product(info.shape) for name, info in self.files.tensors.items() if name.startswith(prefix))
+
+
+def _over_all(counts: list[int], layers: int) -> int:
+    """Sum over all layers of a + b (l + 1), from its values at the first two."""
+    if len(counts) < 2:
+        return sum(counts)
+    slope = counts[1] - counts[0]
+    start = counts[0] - slope
+    return start * layers + slope * layers * (layers + 1) // 2
+
+
+def _product(sides: tuple[int, ...]) -> int:
+    product = 1
+    for side in sides:
+        product *= side
+    return product
+
+
+@contextmanager
+def _folder_beside(output: Path) -> Iterator[Path]:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.dry-run-") as folder:
+        yield Path(folder)
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+
+
+def _reset_peak() -> int:
+    """Let the process's peak memory begin anew; what it holds now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not on this system: the peak since the start is as good, only one bound is looser
+        return scoring.peak_memory_bytes()
+    return scoring.peak_memory_bytes()
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
