@@ -40,7 +40,7 @@ from taq_vllm.plan import BITS_MENU, GROUP_SIZE, PLAN_FILE, MatrixPlan, Plan, Ta
 from taq_vllm.progress import track
 from taq_vllm.quantizer import Quantized
 from taq_vllm.scoring import calibration_sequences
-from taq_vllm.stream import Batch, StreamedModel, make_batches, matrices_of
+from taq_vllm.stream import HIDDEN_LIMIT_BYTES, Batch, StreamedModel, make_batches, matrices_of
 from taq_vllm.tasks import Task
 from taq_vllm.units import HEAD
 
@@ -111,7 +111,8 @@ def quantize_model(
     output: Path,
     calibration: Calibration,
     task: Task | None = None,
-    device: str = "cpu",
+    device: str = "auto",
+    hidden_limit_bytes: float = HIDDEN_LIMIT_BYTES,
 ) -> bool:
     """Write the specialised checkpoint.
 
@@ -121,7 +122,8 @@ def quantize_model(
         output: the new folder.
         calibration: how codes, scales and zero points are found.
         task: on whose inputs they are fitted, by methods that read any.
-        device: where blocks run.
+        device: where blocks run; `auto` is a GPU if there is one.
+        hidden_limit_bytes: of hidden states in memory; the rest lies in files beside the output.
 
     Returns:
         Whether it was written now (False: the same checkpoint was there already).
@@ -143,7 +145,7 @@ def quantize_model(
             f"method {calibration.method!r} fits on a task's inputs: give --task, or use --method rtn, which reads none"
         )
     partial = output.with_name(f".{output.name}.partial")
-    model = StreamedModel(files, device)
+    model = StreamedModel(files, device, hidden_limit_bytes, partial.absolute().parent)
     made_by = _made_by(model, plan, calibration, task)
     with ExitStack() as held:
 
@@ -610,7 +612,7 @@ def _write_shards(
 def _sequences(model: StreamedModel, calibration: Calibration, task: Task | None) -> list[Any]:
     """This process's share of the calibration set, as tokens."""
     examples, general = calibration.counts(task)
-    sequences = calibration_sequences(model, task, examples, with_completion=True) if examples else []
+    sequences = calibration_sequences(model, task, examples, "if present") if examples else []
     if general:
         sequences = sequences + calibration.general.sequences(model, general, calibration.max_tokens)
     return share(sequences)

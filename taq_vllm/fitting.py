@@ -6,7 +6,6 @@ any architecture are needed here. Sums over tokens are exchanged between process
 """
 
 import importlib
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +19,9 @@ from torch import Tensor, nn
 from taq_vllm import methods
 from taq_vllm.distributed import total
 from taq_vllm.hidden_states import HiddenStates
+from taq_vllm.methods import METHODS
 from taq_vllm.plan import MatrixPlan
 from taq_vllm.stream import Batch, matrices_of
-
-METHODS = tuple(sorted(found.name for found in pkgutil.iter_modules(methods.__path__)))
-"""Names; a method's module is imported when it is used."""
 
 
 class _Seen(Exception):

@@ -6,6 +6,7 @@ from typing import Any
 
 from taq_vllm.allocate import Request, allocate
 from taq_vllm.checkpoint import Calibration, Verified, quantize_model, verify
+from taq_vllm.distributed import first
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import Plan
 from taq_vllm.scores import Scores
@@ -32,7 +33,7 @@ def specialize(
     calibration: Calibration,
     scorer: str = "taq",
     scorer_settings: dict[str, Any] | None = None,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> Specialized:
     """Make a task's specialised checkpoint of a model.
 
@@ -41,7 +42,7 @@ def specialize(
         task: whose examples decide what each layer gets.
         output: the new checkpoint; scores and plan are kept in `OUTPUT.work` beside it.
         request: budget, allocation, edges and pins.
-        calibration: how scales and ranges are found.
+        calibration: how codes, scales and zero points are found.
         scorer: `taq` or `taqo`.
         scorer_settings: overrides of the scorer's own settings.
         device: where blocks run.
@@ -49,11 +50,12 @@ def specialize(
     Raises:
         ValueError: see `score`, `allocate`, `quantize_model` and `verify`.
     """
+    calibration.check()
     work = output.with_name(f"{output.name}.work")
     # A budget that cannot be met should not cost a scoring pass to find out: sizes do not depend on the scores.
     allocate(files, baseline(files, "edges"), request)
     scores, scored_now = score(files, task, scorer, work / f"scores-{scorer}.json", scorer_settings, device)
     plan = allocate(files, scores, request)
-    plan.save(work / "plan.json")
+    first(lambda: plan.save(work / "plan.json"))
     quantized_now = quantize_model(files, plan, output, calibration, task, device)
     return Specialized(scores, plan, verify(output), scored_now, quantized_now)

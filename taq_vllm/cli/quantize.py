@@ -1,5 +1,6 @@
 """`taq quantize` and `taq verify`: write a specialised checkpoint, and check one."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -8,9 +9,12 @@ import typer
 from taq_vllm.cli.options import (
     Device,
     Examples,
+    GeneralData,
     Inputs,
     Json,
     MethodOption,
+    MethodSetting,
+    MixGeneral,
     Model,
     calibration_of,
     out,
@@ -27,11 +31,14 @@ def quantize(
     model: Model,
     plan_file: Annotated[Path, typer.Option("--plan", help="Plan file made by `taq plan`.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The new checkpoint's folder.")],
-    task: Annotated[Path | None, typer.Option(help="Task whose inputs clip fits.")] = None,
+    task: Annotated[Path | None, typer.Option(help="Task on whose inputs the method fits.")] = None,
     method: MethodOption = "clip",
+    method_set: MethodSetting = None,
     examples: Examples = 128,
     inputs: Inputs = "quantized",
-    device: Device = "cpu",
+    mix_general: MixGeneral = 0.0,
+    general_data: GeneralData = None,
+    device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes and average bits; touch no weights.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -44,14 +51,22 @@ def quantize(
         print_json(sizes(loaded)) if as_json else print_plan(loaded, files)
         return
     from taq_vllm.checkpoint import quantize_model
+    from taq_vllm.distributed import start, world
+    from taq_vllm.scoring import peak_memory_bytes
     from taq_vllm.tasks import load_task
 
-    calibration = calibration_of(method, examples, inputs)
-    fresh = quantize_model(files, loaded, output, calibration, load_task(task) if task else None, device)
+    calibration = calibration_of(method, examples, inputs, method_set, mix_general, general_data)
+    started = time.monotonic()
+    fresh = quantize_model(files, loaded, output, calibration, load_task(task) if task else None, start(device))
+    if world()[0] > 0:
+        return
+    seconds, peak = time.monotonic() - started, peak_memory_bytes()
     if as_json:
-        print_json({"output": str(output), "done_before": not fresh, **sizes(loaded)})
+        spent = {"seconds": seconds, "peak_memory_bytes": peak}
+        print_json({"output": str(output), "done_before": not fresh, **spent, **sizes(loaded)})
         return
     out.print(f"{output} {'written' if fresh else 'was finished already; nothing was run'}: {summary(loaded)}")
+    out.print(f"{seconds:.1f} s, peak memory {peak / 1e6:.0f} MB")
     out.print(f"serve it: vllm serve {output} --quantization taq")
 
 

@@ -13,9 +13,12 @@ from taq_vllm.cli.options import (
     EdgeBits,
     Edges,
     Examples,
+    GeneralData,
     Inputs,
     Json,
     MethodOption,
+    MethodSetting,
+    MixGeneral,
     Model,
     Pin,
     ScorerOption,
@@ -44,19 +47,25 @@ def specialize(
     edge_bits: EdgeBits = 16,
     pin: Pin = None,
     method: MethodOption = "clip",
+    method_set: MethodSetting = None,
     examples: Examples = 128,
     inputs: Inputs = "quantized",
-    device: Device = "cpu",
+    mix_general: MixGeneral = 0.0,
+    general_data: GeneralData = None,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Score, plan, quantize and verify in one go; scores and plan are kept in OUTPUT.work."""
+    from taq_vllm.distributed import start, world
     from taq_vllm.specialize import specialize as run
     from taq_vllm.tasks import load_task
 
     files = ModelFiles(model)
     request = Request(budget, allocation, edges, edge_bits, tuple(pin or ()))
-    calibration = calibration_of(method, examples, inputs)
-    done = run(files, load_task(task), output, request, calibration, scorer, settings_of(setting), device)
+    calibration = calibration_of(method, examples, inputs, method_set, mix_general, general_data)
+    done = run(files, load_task(task), output, request, calibration, scorer, settings_of(setting), start(device))
+    if world()[0] > 0:
+        return
     if as_json:
         record = {"output": str(output), "scored": done.scored_now, "quantized": done.quantized_now}
         print_json(record | sizes(done.plan))

@@ -11,3 +11,8 @@ A method is a module of this package with
 
 `fitting.py` has what they share; `checkpoint.py` runs one over a model.
 """
+
+import pkgutil
+
+METHODS = tuple(sorted(found.name for found in pkgutil.iter_modules(__path__)))
+"""Names; a method's module is imported when it is used."""

@@ -95,7 +95,7 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
         added = damping
         lower, failed = torch.linalg.cholesky_ex(reversed_)
         if not failed:
-            identity = torch.eye(len(lower), device=lower.device)
+            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
             return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
         damping *= 10
     raise ValueError("got activations whose second moments are not positive definite; use more calibration examples")
