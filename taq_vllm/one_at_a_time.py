@@ -11,18 +11,18 @@ What is read at the end is journalled per (unit, bits), one JSON line each; the 
 whole line and then repeats only the walk of the full model.
 """
 
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from taq_vllm import journal
 from taq_vllm.distributed import world
 from taq_vllm.hidden_states import HiddenStates
-from taq_vllm.plan import GROUP_SIZE, STUDY_BITS, SYMMETRIC, write_atomically
+from taq_vllm.plan import GROUP_SIZE, STUDY_BITS, SYMMETRIC
 from taq_vllm.progress import steps
 from taq_vllm.quantizer import quantize
 from taq_vllm.scoring import Run
@@ -119,7 +119,7 @@ def walk(
         What was read, by (unit, bits), and the full model's last hidden states.
     """
     model = run.model
-    done = _read_journal(run.journal)
+    done = _finished(run.journal)
     by_layer: dict[int | None, list[Key]] = {}
     for unit in run.units:
         wanted = [(unit, width) for width in bits if (unit, width) not in done]
@@ -128,7 +128,8 @@ def walk(
     def finish(key: Key, states: HiddenStates, head: Head, full: Head) -> None:
         done[key] = read(key, states, head, full)
         if world()[0] == 0:
-            _append(run.journal, key, done[key])
+            values = {name: of_examples.tolist() for name, of_examples in done[key].items()}
+            journal.append(run.journal, {"unit": key[0], "bits": key[1]} | values)
 
     walks = sum(len(by_layer.get(layer, ())) * (model.layers - layer) for layer in range(model.layers))
     hidden = model.embed(batches)
@@ -162,12 +163,11 @@ def walk(
                     finish((unit, width), perturbed, head, head)
                 del perturbed
             if layer == 0:
-                hidden = after
-                del after
-                continue
-            with model.block(layer) as block:
-                hidden.replace(lambda states, layer=layer, block=block: model.run(layer, block, states))
-            progress.advance(len(batches))
+                hidden, after = after, None
+            else:
+                with model.block(layer) as block:
+                    hidden.replace(lambda states, layer=layer, block=block: model.run(layer, block, states))
+                progress.advance(len(batches))
     for unit, width in by_layer.get(None, ()):
         with model.head() as head:
             weight = head.weight
@@ -196,25 +196,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{hours:.1f} h"
 
 
-def _read_journal(journal: Path) -> dict[Key, Values]:
-    if not journal.is_file():
-        return {}
+def _finished(journal_file: Path) -> dict[Key, Values]:
     done = {}
-    whole = []
-    for line in journal.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            if world()[0] == 0:
-                write_atomically(journal, "".join(whole))  # cut off by a killed run: its unit is run again
-            break
-        whole.append(line)
-        entry: Mapping[str, list[float]] = json.loads(line)
+    for entry in journal.read(journal_file, mend=world()[0] == 0):
         key = (entry.pop("unit"), entry.pop("bits"))
         done[key] = {name: torch.tensor(values, dtype=torch.float64) for name, values in entry.items()}
     return done
-
-
-def _append(journal: Path, key: Key, values: Values) -> None:
-    unit, bits = key
-    line = {"unit": unit, "bits": bits} | {name: per_example.tolist() for name, per_example in values.items()}
-    with journal.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")

@@ -8,7 +8,7 @@ import torch
 from tiny_models import make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from taq_vllm import one_at_a_time
+from taq_vllm import journal
 from taq_vllm.metrics import f1
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.quantizer import quantize
@@ -126,18 +126,18 @@ def test_twelve_layers_need_at_most_six_tenths_of_the_naive_block_runs(tmp_path,
 def test_an_interrupted_oracle_continues_and_finds_the_same(files, task, tmp_path, monkeypatch):
     settings = {"bits": [4, 8]}
     whole, _ = score(files, task, "taqo", tmp_path / "whole.json", settings, "cpu", granularity="fused")
-    appended = one_at_a_time._append
+    appended = journal.append
     keys = []
 
-    def die_after_three(journal, key, values):
-        appended(journal, key, values)
-        keys.append(key)
+    def die_after_three(file, entry):
+        appended(file, entry)
+        keys.append((entry["unit"], entry["bits"]))
         if len(keys) == 3:
-            with journal.open("a") as file:
+            with file.open("a") as file:
                 file.write('{"unit": "model.layers.0.mlp.down_proj", "bits": 4, "exact": [1.0, 0')  # what a kill leaves
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(one_at_a_time, "_append", die_after_three)
+    monkeypatch.setattr(journal, "append", die_after_three)
     with pytest.raises(KeyboardInterrupt):
         score(files, task, "taqo", tmp_path / "s.json", settings, "cpu", granularity="fused")
     assert not (tmp_path / "s.json").exists()

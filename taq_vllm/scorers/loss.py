@@ -4,14 +4,21 @@ With nll_i the mean negative log-likelihood of example i's T_i answer tokens (th
 dW = Q_b(W) - W (round to nearest) over all matrices of a unit,
 
     first_b  = E_i[ g_i . dW ]                     can be negative: rounding happens to help
-    second_b = E_i[ T_i (g_i . dW)^2 ] / 2         the curvature dW' H dW / 2, H by the empirical Fisher
+    second_b = E_i[ T_i (h_i . dW)^2 ] / 2         the curvature dW' H dW / 2, H by a Fisher matrix
     cost_b   = first_b + second_b, or either (`terms`), nats per answer token
 
 Positive means that the loss grows. T_i is there because the Fisher of a sequence is that of its summed likelihood: its
 score is T_i g_i, E[(T_i g_i)(T_i g_i)'] is the Hessian of the sum where the model is right about its answers, and a
-T_i-th of that the Hessian of the mean. Products are summed over a unit's matrices before squaring, so matrices of a
-unit may help or hurt each other; between units the costs are additive by assumption. What ModelOpt's AutoQuantize
-(Fisher) and AutoRound's AutoScheme (first order) do with generic text, on the task's answers.
+T_i-th of that the Hessian of the mean. `curvature` says what h_i is:
+- `empirical`: g_i itself, from the same backward pass. Where the model knows an answer g_i is nearly zero, and so is
+  this curvature, however much a change would hurt.
+- `model`: a random vector of the same kind whose second moment is the model's own Fisher (Gauss-Newton) matrix at the
+  answer's tokens: at the logits of a token with probabilities p, (sqrt(p) e - p (sqrt(p) . e)) / T_i with e standard
+  normal. A second backward pass for `both`; KL(full || changed) per answer token to second order.
+
+Products are summed over a unit's matrices before squaring, so matrices of a unit may help or hurt each other; between
+units costs are additive by assumption. ModelOpt's AutoQuantize (Fisher) and AutoRound's AutoScheme (first order) do
+this with generic text; here it is the task's answers.
 
 No gradient of a weight is formed. For y = W x with d nll_i / d y_t = delta_t,  g_i . dW = sum_t delta_t . (dW x_t): one
 matmul per matrix and bitwidth, and exact per example, which is where the standard errors come from.
@@ -24,10 +31,9 @@ the journal. A resumed run repeats the forward walk below that gradient, since i
 walk from there. With several processes nothing is saved.
 """
 
-import json
+import hashlib
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -35,6 +41,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from taq_vllm import journal
 from taq_vllm.distributed import gather, world
 from taq_vllm.hidden_states import HiddenStates
 from taq_vllm.one_at_a_time import (
@@ -62,12 +69,15 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    terms: Literal["first", "second", "both"] = "second"
+    terms: Literal["first", "second", "both"] = "both"
+    curvature: Literal["empirical", "model"] = "empirical"
     bits: tuple[int, ...] = (4, 8)
     symmetric: bool | None = None
     """None: what plans do at each bitwidth (asymmetric below 8)."""
     max_examples: int = Field(256, ge=2)
     batch_size: int = Field(8, ge=1)
+    seed: int = 0
+    """Of the model's own curvature."""
 
     _bits = field_validator("bits")(check_bits)
 
@@ -83,13 +93,29 @@ def score_units(run: Run, settings: Settings) -> list[UnitScore]:
         ValueError: logits or gradients that are not finite.
     """
     batches = make_batches(run.sequences, settings.batch_size)
-    products = inner_products(run, batches, settings.bits, Rounding(settings.symmetric))
+    rounding = Rounding(settings.symmetric)
+    of_answers = of_model = None
+    if settings.terms != "second" or settings.curvature == "empirical":
+        of_answers = inner_products(run, batches, settings.bits, rounding)
+    if settings.terms != "first" and settings.curvature == "model":
+        of_model = inner_products(run, batches, settings.bits, rounding, sampled=True, seed=settings.seed)
     tokens = torch.zeros(len(run.sequences), dtype=torch.float64)
     for batch in batches:
         tokens[batch.examples] = batch.is_predicted.sum(1).double()
-    tokens = gather(tokens)
-    of_units = {unit: gather(sum(products[name] for name in names)) for unit, names in run.units.items()}
-    return [_unit_score(unit, of_unit, tokens, settings) for unit, of_unit in of_units.items()]
+    tokens = gather(tokens)[:, None]
+
+    def of_unit(products: Products, unit: str) -> Tensor:
+        return gather(sum(products[name] for name in run.units[unit]))
+
+    scores = []
+    for unit in run.units:
+        terms = {}
+        if settings.terms != "second":
+            terms["first_order"] = of_unit(of_answers, unit)
+        if settings.terms != "first":
+            terms["second_order"] = tokens * of_unit(of_model or of_answers, unit).square() / 2
+        scores.append(_unit_score(unit, terms, settings.bits))
+    return scores
 
 
 def inner_products(
@@ -108,42 +134,55 @@ def inner_products(
     Raises:
         ValueError: logits or gradients that are not finite.
     """
-    model, journal = run.model, run.journal
-    saved = journal.with_name(f"{journal.name}.gradient")
-    names = {name for matrices in run.units.values() for name in matrices}
-    products = {name: torch.zeros(len(run.sequences), len(bits), dtype=torch.float64) for name in names}
+    model = run.model
+    finished = run.journal.with_name(f"{run.journal.name}.model") if sampled else run.journal
+    saved = finished.with_name(f"{finished.name}.gradient")
+    description = "loss: the model's curvature" if sampled else "loss: the answers' gradients"
+    products = {
+        name: torch.zeros(len(run.sequences), len(bits), dtype=torch.float64)
+        for matrices in run.units.values()
+        for name in matrices
+    }
     alone = world()[1] == 1
-    resumed = model.resume(saved) if alone else None
+    resumed = None
+    if alone:
+        done = {
+            entry["matrix"]: torch.tensor(entry["products"], dtype=torch.float64) for entry in journal.read(finished)
+        }
+        products |= done
+        if set(products) == set(done):
+            return products
+        resumed = model.resume(saved)
     gradient, last = resumed or (None, model.layers)
-    if resumed:
-        products |= _read_journal(journal)
-    with steps("loss: forward and backward", len(batches) * 2 * last) as progress:
+
+    def finish(names: Sequence[str]) -> None:
+        for name in names if alone else ():
+            journal.append(finished, {"matrix": name, "products": products[name].tolist()})
+
+    with steps(description, len(batches) * 2 * last) as progress:
         inputs = [model.embed(batches)]
         started = time.monotonic()
         for layer in range(last if gradient is None else last - 1):
             with model.block(layer) as block:
                 inputs.append(inputs[-1].map(lambda states, layer=layer, block=block: model.run(layer, block, states)))
             progress.advance(len(batches))
-            if (
-                layer == 0
-            ):  # a block with its graph costs its run once more, the backward pass and a matmul per bitwidth
-                once = time.monotonic() - started
-                progress.say(f"loss: estimated time {once * (last + last * (2 + len(bits))):.0f} s")
+            if layer == 0:
+                # Back through a block: its run once more, the backward pass, and a matmul per bitwidth.
+                estimate = (time.monotonic() - started) * last * (3 + len(bits))
+                progress.say(f"{description}: estimated time {estimate:.0f} s")
         if gradient is None:
             gradient = _through_head(model, batches, inputs.pop(), bits, rounding, products, sampled, seed)
-            if alone:
-                _append(journal, products, [HEAD] if HEAD in products else [])
+            finish([HEAD] if HEAD in products else [])
         else:
             progress.advance(len(batches))
         saved_at = time.monotonic()
         for layer in reversed(range(last)):
             _through_block(model, layer, batches, inputs.pop(), gradient, bits, rounding, products)
             progress.advance(len(batches))
-            if alone:
-                _append(journal, products, [name for name in names if name.startswith(f"model.layers.{layer}.")])
-                if time.monotonic() - saved_at >= _SAVE_EVERY_S:
-                    gradient.save(saved, blocks=layer)
-                    saved_at = time.monotonic()
+            finish([name for name in products if name.startswith(f"model.layers.{layer}.")])
+            if alone and time.monotonic() - saved_at >= _SAVE_EVERY_S:
+                gradient.save(saved, blocks=layer)
+                saved_at = time.monotonic()
     return products
 
 
@@ -159,7 +198,7 @@ def _through_head(
 ) -> HiddenStates:
     """d nll_i / d (last block's output) of every batch, [B, T, d]; the head's products where they are asked for."""
     of_batch = iter(batches)
-    generator = torch.Generator().manual_seed(seed)
+    rank, processes = world()
     with model.head() as head:
         dtype = _gradient_dtype(model)
         norm = head.norm.to(dtype)
@@ -179,9 +218,9 @@ def _through_head(
                 rows = states[place[:, 0], place[:, 1]]
                 probabilities = check_logits(head.logits(rows)).softmax(-1)
                 if sampled:
-                    root = probabilities.sqrt()
-                    draw = torch.randn(root.shape, generator=generator).to(root.device)
-                    of_logits = root * draw - probabilities * (root * draw).sum(-1, keepdim=True)
+                    tokens = zip((owner * processes + rank).tolist(), place[:, 1].tolist(), strict=True)
+                    draw = torch.stack([_standard_normal(probabilities.shape[1], seed, *token) for token in tokens])
+                    of_logits = fisher_root(probabilities, draw.to(probabilities.device))
                 else:
                     of_logits = probabilities
                     of_logits[torch.arange(len(target)), target] -= 1
@@ -264,6 +303,23 @@ def _through_block(
             handle.remove()
 
 
+def fisher_root(probabilities: Tensor, draw: Tensor) -> Tensor:
+    """A linear map of draws whose square is the Fisher matrix of a softmax: B e with B B' = diag(p) - p p'.
+
+    Args:
+        probabilities: [..., vocabulary], each row sums to 1.
+        draw: [..., vocabulary]; standard normal ones give vectors of second moment diag(p) - p p'.
+    """
+    scaled = probabilities.sqrt() * draw
+    return scaled - probabilities * scaled.sum(-1, keepdim=True)
+
+
+def _standard_normal(size: int, seed: int, example: int, place: int) -> Tensor:
+    """The same for a token however examples are batched or shared out."""
+    digest = hashlib.sha256(f"{seed} {example} {place}".encode()).digest()
+    return torch.randn(size, generator=torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")))
+
+
 def _errors(
     name: str, weight: Tensor, bits: Sequence[int], rounding: Rounding, model: StreamedModel, dtype: torch.dtype
 ) -> list[Tensor]:
@@ -279,44 +335,18 @@ def _gradient_dtype(model: StreamedModel) -> torch.dtype:
     return torch.float32 if model.compute_dtype == torch.float16 else model.compute_dtype
 
 
-def _unit_score(unit: str, products: Tensor, tokens: Tensor, settings: Settings) -> UnitScore:
-    """From g_i . dW of a unit [examples, bits] and T_i [examples]."""
-    first = products
-    second = tokens[:, None] * products.square() / 2
-    cost = {"first": first, "second": second, "both": first + second}[settings.terms]
-    costs, stderrs = {}, {}
-    for place, width in enumerate(settings.bits):
-        costs[width], stderrs[width] = mean_and_stderr(cost[:, place])
-    lowest = settings.bits[0]
-    first_mean, first_stderr = mean_and_stderr(first[:, 0])
-    second_mean, second_stderr = mean_and_stderr(second[:, 0])
+def _unit_score(unit: str, terms: Mapping[str, Tensor], bits: Sequence[int]) -> UnitScore:
+    """From the terms of a unit's cost, each [examples, bits]; bits ascend."""
+    cost = sum(terms.values())
+    found = [mean_and_stderr(cost[:, place]) for place in range(len(bits))]
+    details = {}
+    for name, term in terms.items():
+        details[name], details[f"{name}_stderr"] = mean_and_stderr(term[:, 0])
     return UnitScore(
         unit=unit,
-        score=costs[lowest],
-        stderr=stderrs[lowest],
-        tiebreak=second_mean,
-        costs=costs,
-        cost_stderrs=stderrs,
-        details={
-            "first_order": first_mean,
-            "first_order_stderr": first_stderr,
-            "second_order": second_mean,
-            "second_order_stderr": second_stderr,
-        },
+        score=found[0][0],
+        stderr=found[0][1],
+        costs={width: mean for width, (mean, _) in zip(bits, found, strict=True)},
+        cost_stderrs={width: stderr for width, (_, stderr) in zip(bits, found, strict=True)},
+        details=details,
     )
-
-
-def _read_journal(journal: Path) -> Products:
-    """Whole lines only: a block whose line was cut off by a kill is gone through again."""
-    products = {}
-    for line in journal.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            entry = json.loads(line)
-            products[entry["matrix"]] = torch.tensor(entry["products"], dtype=torch.float64)
-    return products
-
-
-def _append(journal: Path, products: Products, names: Sequence[str]) -> None:
-    with journal.open("a", encoding="utf-8") as file:
-        for name in names:
-            file.write(json.dumps({"matrix": name, "products": products[name].tolist()}) + "\n")
