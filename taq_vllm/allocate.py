@@ -187,19 +187,24 @@ class Problem:
         """
         for place, limit in enumerate(self.meter.limits):
             self._check_limit(place, limit)
-        gap = 0.0
-        if self.request.allocation == "knapsack":
-            solution = knapsack.solve(self.costs, self.uses, self.available)
-            choices = None if solution is None else solution.choices
-            gap = 0.0 if solution is None else solution.gap
-        else:
-            choices = self._in_rank_order(self.costs, self.uses, self.available)
+        choices, gap = self._best(self.uses, self.available)
         if choices is None:
             raise ValueError(
                 f"budget {self.request.budget}: each of its limits can be met, but not all of them by one plan; ask "
                 "for more of one of them"
             )
         return choices, gap
+
+    def choices_within(self, available: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """As `choose`, for a size instead of the budget: [1] bytes on disk of what is free; None if it is too small."""
+        size = np.array([[self.unit_bytes(unit, bits) for bits in self.request.menu] for unit in self.free])
+        return self._best(size.reshape(len(self.free), len(self.request.menu), 1), available)[0]
+
+    def _best(self, uses: NDArray[np.int64], available: NDArray[np.int64]) -> tuple[NDArray[np.int64] | None, float]:
+        if self.request.allocation != "knapsack":
+            return self._in_rank_order(self.costs, uses, available), 0.0
+        solution = knapsack.solve(self.costs, uses, available)
+        return (None, 0.0) if solution is None else (solution.choices, solution.gap)
 
     def plan(self, model: ModelRef) -> Plan:
         """The plan within the budget.
@@ -222,6 +227,8 @@ class Problem:
         if request.latencies and any(limit.unit == "ms" for limit in self.meter.limits):
             measured = request.latencies
             settings |= {"device": measured.device, "threads": measured.threads, "fixed_ms": measured.fixed_ms}
+        if request.allocation == "knapsack":
+            settings["cost_unit"] = scores.cost_unit if scores else None
         if gap:
             settings["optimality_gap"] = gap
         return Plan(

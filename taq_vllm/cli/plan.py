@@ -1,11 +1,13 @@
 """`taq plan`: spend a budget. Beside it `taq plan curve`, `taq plan diff` and `taq plan explain`."""
 
+import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 from typer.core import TyperGroup
 
 from taq_vllm.allocate import allocate
@@ -39,6 +41,9 @@ from taq_vllm.cli.options import (
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import Plan
 from taq_vllm.scores import Scores
+
+if TYPE_CHECKING:
+    from taq_vllm.explain import Explanation
 
 _MAKE = "make"
 
@@ -160,3 +165,173 @@ def _output(output: Path, budget: str, count: int) -> Path:
 
 def _holds(path: Path, plan: Plan) -> bool:
     return path.is_file() and path.read_text(encoding="utf-8") == plan.to_json()
+
+
+@plan_app.command()
+def curve(
+    model: Model,
+    scores: ScoresFile = None,
+    baseline: Baseline = None,
+    seed: Seed = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="A CSV file, a line per plan.")] = Path("curve.csv"),
+    picture: Annotated[Path | None, typer.Option("--plot", help="A picture of it: .png, .svg or .pdf.")] = None,
+    granularity: PlanGranularity = "layer",
+    menu: Menu = DEFAULT_MENU,
+    head: PlanHead = False,
+    uniform_fused: UniformFused = False,
+    edges: Edges = 0,
+    edge_bits: EdgeBits = 16,
+    pin: Pin = None,
+    symmetric: Symmetric = None,
+    asymmetric: Asymmetric = None,
+    as_json: Json = False,
+) -> None:
+    """All budgets at once: size against cost of the best plans (`--allocation knapsack`), as CSV and as a picture."""
+    from taq_vllm.explain import plot, trade_off, write_csv
+
+    if picture and picture.suffix not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"got --plot {str(picture)!r}; its name must end in .png, .svg or .pdf")
+    files = ModelFiles(model)
+    made = _scores(files, scores, baseline, seed, granularity, head)
+    if made is None:
+        raise ValueError("a curve needs scores: give --scores FILE or --baseline NAME")
+    request = request_of(
+        "16bits",
+        "knapsack",
+        edges,
+        edge_bits,
+        pin,
+        granularity,
+        menu,
+        head,
+        uniform_fused,
+        symmetric,
+        asymmetric,
+    )
+    points = trade_off(files, made, request)
+    write_csv(points, output)
+    if picture:
+        task = f" on {made.task.name}" if made.task else ""
+        plot(points, made.cost_unit or "by rank", f"{files.id}: {made.scorer.name}{task}, by {granularity}", picture)
+    if as_json:
+        print_json({"output": str(output), "plot": picture and str(picture), "points": len(points)})
+        return
+    first, last = points[0], points[-1]
+    out.print(
+        f"{output}: {len(points)} plans from {first.average_bits:.3f} bits ({first.disk_bytes / 1e6:.2f} MB, cost "
+        f"{first.cost:.4g}) to {last.average_bits:.3f} bits ({last.disk_bytes / 1e6:.2f} MB, cost {last.cost:.4g}); "
+        f"costs are {made.cost_unit or 'losses by rank'}"
+    )
+    if picture:
+        out.print(f"{picture} shows it")
+
+
+@plan_app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="A plan.")],
+    second: Annotated[Path, typer.Argument(help="Another plan of the same model.")],
+    as_json: Json = False,
+) -> None:
+    """What two plans differ in: matrices, bits, bytes."""
+    from taq_vllm.explain import diff as differences_of
+
+    plans = Plan.load(first), Plan.load(second)
+    differences = differences_of(*plans)
+    if as_json:
+        records = [{"matrix": d.name, "bits": d.bits, "disk_bytes": d.disk_bytes} for d in differences]
+        print_json({"first": sizes(plans[0]), "second": sizes(plans[1]), "matrices": records})
+        return
+    if differences:
+        table = Table(title=f"{first} and {second}")
+        for column in ("matrix", "bits", "", "bytes", "", "difference"):
+            table.add_column(column, justify="left" if column == "matrix" else "right")
+        for entry in differences:
+            bits = ["16 (not planned)" if width is None else str(width) for width in entry.bits]
+            counts = ["" if size is None else f"{size:,}" for size in entry.disk_bytes]
+            known = None not in entry.disk_bytes
+            change = f"{entry.disk_bytes[1] - entry.disk_bytes[0]:+,}" if known else ""
+            table.add_row(entry.name, *bits, *counts, change)
+        out.print(table)
+    grid = Table(title=f"{len(differences)} of {len(plans[0].matrices)} matrices differ")
+    for column in ("", str(first), str(second)):
+        grid.add_column(column, justify="left" if not column else "right")
+    for label, values in _facts(plans):
+        grid.add_row(label, *values)
+    out.print(grid)
+
+
+def _facts(plans: tuple[Plan, Plan]) -> list[tuple[str, tuple[str, ...]]]:
+    """What to set side by side of two plans."""
+
+    def of(plan: Plan) -> dict[str, str]:
+        budget, scorer = plan.budget, plan.scorer
+        task = f" on {plan.task.name}" if plan.task else ""
+        facts = {
+            "budget asked": budget.asked,
+            "bits per planned weight": f"{budget.average_bits:.3f}",
+            "bytes on disk": f"{budget.disk_bytes:,}",
+            "bytes in memory": f"{budget.resident_bytes:,}",
+            "scorer": f"{scorer.name}{task}" if scorer else "none",
+            "scorer's settings": json.dumps(scorer.settings) if scorer else "",
+            "allocation": f"{plan.allocation.name} by {plan.allocation.granularity}",
+            "menu": ", ".join(map(str, plan.menu)),
+        }
+        return facts | {f"matrices at {bits} bits": str(count) for bits, count in plan.counts().items()}
+
+    first, second = map(of, plans)
+    return [(label, (first.get(label, "0"), second.get(label, "0"))) for label in {**first, **second}]
+
+
+@plan_app.command()
+def explain(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.")],
+    target: Annotated[str, typer.Argument(metavar="LAYER", help="3, layers.3, lm_head, or a matrix's name.")],
+    scores: ScoresFile = None,
+    as_json: Json = False,
+) -> None:
+    """Why a layer or matrix has its bits, and what a larger or smaller budget would change."""
+    from taq_vllm.explain import explain as explained
+
+    loaded = Plan.load(plan_file)
+    explanations = explained(loaded, target, Scores.load(scores) if scores else None)
+    if as_json:
+        print_json({"units": [asdict(each) for each in explanations]})
+        return
+    for each in explanations:
+        _print_explanation(loaded, each)
+    _print_one_byte_less(loaded, explanations[0])
+
+
+def _print_explanation(loaded: Plan, each: "Explanation") -> None:
+    widths = ", ".join(dict.fromkeys(str(bits) for bits in each.matrices.values()))
+    out.print(f"{each.unit}: {widths} bits ({'/'.join(each.why)}), {each.disk_bytes:,} bytes on disk")
+    if len(set(each.matrices.values())) > 1:
+        for name, bits in each.matrices.items():
+            out.print(f"  {name}: {bits} bits ({loaded.matrices[name].why})")
+    if each.score is not None:
+        error = "" if each.stderr is None else f" +- {each.stderr:.2g}"
+        rank = "" if each.rank is None else f", rank {each.rank + 1} of {each.units} (1 needs precision most)"
+        out.print(f"  score {each.score:+.4g}{error}{rank}")
+    for label, move in (("up", each.up), ("down", each.down)):
+        if move is not None:
+            out.print(
+                f"  {label} to {move.bits} bits: {move.disk_bytes:+,} bytes, cost {move.cost:+.4g}, "
+                f"{move.per_byte:.3g} per byte ({each.cost_unit})"
+            )
+    if each.more_bits_at is not None:
+        out.print(
+            f"  gets {each.more_bits} bits with a budget of {each.more_bits_at}B, "
+            f"{each.more_bits_at - loaded.budget.disk_bytes:,} bytes more than the plan takes"
+        )
+    elif not each.note and each.up is not None:
+        out.print("  gets more bits with no budget that this allocation can use")
+
+
+def _print_one_byte_less(loaded: Plan, each: "Explanation") -> None:
+    if each.note:
+        out.print(f"What other budgets would change is not known: {each.note}.")
+    elif each.one_byte_less:
+        changes = ", ".join(f"{unit} {now} to {then}" for unit, now, then in each.one_byte_less)
+        out.print(f"With a byte less than the plan's {loaded.budget.disk_bytes:,}: {changes} bits.")
+    else:
+        out.print(f"There is no smaller plan than this one of {loaded.budget.disk_bytes:,} bytes.")
