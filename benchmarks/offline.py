@@ -126,11 +126,11 @@ def input_energy(files: ModelFiles, task: Task, examples: int) -> dict[str, Tens
     sums = {name: torch.zeros(shape[1], dtype=torch.float64) for name, shape in files.matrices.items()}
     tokens = 0
 
-    def watch(name: str) -> Callable[..., None]:
-        return lambda module, inputs: sums[name].add_(inputs[0].square().flatten(0, -2).double().sum(0))
+    def watch(name: str, inputs: tuple[Tensor, ...]) -> None:
+        sums[name] += inputs[0].square().flatten(0, -2).double().sum(0)
 
     for name in sums:
-        model.get_submodule(name).register_forward_pre_hook(watch(name))
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: watch(name, inputs))
     for sequence in sequences:
         model.model(input_ids=torch.tensor([sequence.input_ids]), use_cache=False)
         tokens += len(sequence.input_ids)

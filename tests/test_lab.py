@@ -107,6 +107,13 @@ def test_no_training_prompt_is_a_test_or_calibration_prompt(phase_1_documents):
             assert held_out.isdisjoint(document.prompt for document in of_kind), kind
 
 
+def test_no_training_prompt_of_the_dense_model_is_a_test_or_calibration_prompt():
+    held_out = {item["prompt"] for _, _, items in task_items(DENSE_PHASE) for item in items}
+    small = replace(DENSE_PHASE, mixture=Mixture(trivia=30_000, math=500, code=500, drill=10))
+    for kind, of_kind in training_documents(small).items():
+        assert held_out.isdisjoint(document.prompt for document in of_kind), kind
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(MODEL).backend_tokenizer
