@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.quantizer import quantize
-from taq_vllm.scorers import taqo
 from taq_vllm.scorers.taq import Moments, Reservoir, Settings, Statistic, matrix_entropy, z_score
 from taq_vllm.scores import Scores
 from taq_vllm.scoring import score
@@ -210,33 +209,6 @@ def test_taqo_equals_the_naive_oracle(files, task, tmp_path):
         assert found.tiebreak == pytest.approx((nll - full_nll).mean().item(), abs=1e-5)
         difference = nll - full_nll
         assert found.details["nll_increase_stderr"] == pytest.approx(difference.std().item() / EXAMPLES**0.5, abs=1e-5)
-
-
-def test_an_interrupted_oracle_continues_and_finds_the_same(files, task, tmp_path, monkeypatch):
-    whole, _ = score(files, task, "taqo", tmp_path / "whole.json")
-    appended = taqo._append
-
-    def die_after_one(journal, layer, answers):
-        appended(journal, layer, answers)
-        with journal.open("a") as file:
-            file.write('{"layer": 1, "exact": [1.0, 0')  # what a kill leaves
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(taqo, "_append", die_after_one)
-    with pytest.raises(KeyboardInterrupt):
-        score(files, task, "taqo", tmp_path / "s.json")
-    assert not (tmp_path / "s.json").exists()
-    layers_run = []
-    monkeypatch.setattr(
-        taqo,
-        "_append",
-        lambda journal, layer, answers: (layers_run.append(layer), appended(journal, layer, answers)),
-    )
-    resumed, fresh = score(files, task, "taqo", tmp_path / "s.json")
-    assert fresh
-    assert layers_run == [1, 2]
-    assert resumed.units == whole.units
-    assert not list(tmp_path.glob("*.journal"))
 
 
 def test_a_finished_score_is_not_made_again_unless_something_changed(files, task, tmp_path):
