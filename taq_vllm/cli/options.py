@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from taq_vllm.allocate import ALLOCATIONS, Request
-from taq_vllm.budget import Latencies, load_latencies, parse_budget, this_device
+from taq_vllm.budget import BYTE_UNITS, Latencies, load_latencies, parse_budget, this_device
 from taq_vllm.methods import METHODS
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import BITS_MENU, STUDY_BITS, SYMMETRIC, MatrixPlan, Plan
@@ -25,7 +25,14 @@ Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or i
 TaskOption = Annotated[Path, typer.Option("--task", help="Task header (task.yaml), its folder, or a bare .jsonl.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace another result that is at the output.")]
-Device = Annotated[str, typer.Option(help="Where blocks run: cpu, cuda, cuda:1 ...")]
+Device = Annotated[str, typer.Option(help="Where blocks run: auto (a GPU if there is one), cpu, cuda, cuda:1 ...")]
+HiddenMemory = Annotated[
+    str, typer.Option(help="Memory for hidden states, as 2GiB; what exceeds it lies in files without names.")
+]
+DEFAULT_HIDDEN_MEMORY = "2GiB"
+SpillFolder = Annotated[
+    Path | None, typer.Option(help="On whose disk these files are; the output's folder if not given.")
+]
 Setting = Annotated[list[str] | None, typer.Option("--set", help="A scorer's setting, as alpha=0.7. Repeatable.")]
 BUDGET_HELP = "5.0bits (average, scales counted), 4.2GiB (all weights), 9ms@batch=16, or several: 5bits,9ms@batch=16."
 BudgetOption = Annotated[str, typer.Option(help=BUDGET_HELP)]
@@ -97,6 +104,14 @@ def calibration_of(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     return calibration
+
+
+def memory_of(text: str) -> int:
+    """Bytes, from `2GiB`."""
+    limits = parse_budget(text)
+    if len(limits) != 1 or limits[0].unit not in BYTE_UNITS:
+        raise typer.BadParameter(f"got memory {text!r}; write it as 2GiB (units: {', '.join(BYTE_UNITS)})")
+    return int(limits[0].amount * BYTE_UNITS[limits[0].unit])
 
 
 def request_of(

@@ -7,9 +7,11 @@ from typing import Annotated
 import typer
 
 from taq_vllm.cli.options import (
+    DEFAULT_HIDDEN_MEMORY,
     Device,
     Examples,
     GeneralData,
+    HiddenMemory,
     Inputs,
     Json,
     MethodOption,
@@ -17,6 +19,7 @@ from taq_vllm.cli.options import (
     MixGeneral,
     Model,
     calibration_of,
+    memory_of,
     out,
     print_json,
     print_plan,
@@ -39,25 +42,37 @@ def quantize(
     mix_general: MixGeneral = 0.0,
     general_data: GeneralData = None,
     device: Device = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes and average bits; touch no weights.")] = False,
+    hidden_memory: HiddenMemory = DEFAULT_HIDDEN_MEMORY,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan's sizes, run two blocks, and print what the whole takes.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write the specialised checkpoint."""
     files = ModelFiles(model)
     loaded = Plan.load(plan_file)
-    if dry_run:
-        files.check_plannable()
-        loaded.check_fits(files.ref, files.matrices, files.head, where=str(plan_file))
-        print_json(sizes(loaded)) if as_json else print_plan(loaded, files)
-        return
     from taq_vllm.checkpoint import quantize_model
     from taq_vllm.distributed import start, world
+    from taq_vllm.fitting import method_named
+    from taq_vllm.preflight import quantize_estimate
     from taq_vllm.scoring import peak_memory_bytes
     from taq_vllm.tasks import load_task
 
     calibration = calibration_of(method, examples, inputs, method_set, mix_general, general_data)
+    on, limit, examples_of = start(device), memory_of(hidden_memory), load_task(task) if task else None
+    if dry_run:
+        loaded.check_fits(files.ref, files.matrices, files.head, where=str(plan_file))
+        estimate = None  # of memory and time, for which the examples are needed
+        if examples_of or not method_named(method).READS_INPUTS:
+            estimate = quantize_estimate(files, loaded, output, calibration, examples_of, on, limit)
+        if as_json:
+            print_json(sizes(loaded) | {"estimate": estimate and estimate.record()})
+            return
+        print_plan(loaded, files)
+        out.print("\n".join(estimate.lines()) if estimate else "give --task as well, to know memory and time")
+        return
     started = time.monotonic()
-    fresh = quantize_model(files, loaded, output, calibration, load_task(task) if task else None, start(device))
+    fresh = quantize_model(files, loaded, output, calibration, examples_of, on, limit)
     if world()[0] > 0:
         return
     seconds, peak = time.monotonic() - started, peak_memory_bytes()

@@ -6,12 +6,16 @@ from typing import Annotated
 import typer
 
 from taq_vllm.cli.options import (
+    DEFAULT_HIDDEN_MEMORY,
     Device,
     Force,
+    HiddenMemory,
     Json,
     Model,
     ScorerOption,
     Setting,
+    SpillFolder,
+    memory_of,
     out,
     print_json,
     print_scores,
@@ -29,7 +33,12 @@ def score(
     setting: Setting = None,
     granularity: Annotated[str, typer.Option(help=f"What is scored: {', '.join(GRANULARITIES)}.")] = "layer",
     head: Annotated[bool, typer.Option("--head", help="Score lm_head as well.")] = False,
-    device: Device = "cpu",
+    device: Device = "auto",
+    hidden_memory: HiddenMemory = DEFAULT_HIDDEN_MEMORY,
+    spill_folder: SpillFolder = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Run two blocks, and print what the whole will read, hold and take.")
+    ] = False,
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Permit taqo to run generated Python (pass@1).")
     ] = False,
@@ -37,6 +46,8 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score every unit of a model for a task: layers, fused layers or matrices."""
+    from taq_vllm.distributed import start, world
+    from taq_vllm.preflight import score_estimate
     from taq_vllm.scoring import score as run
     from taq_vllm.tasks import load_task
 
@@ -45,17 +56,15 @@ def score(
     settings = settings_of(setting)
     if allow_code_execution:
         settings["allow_code_execution"] = True
-    scores, fresh = run(
-        ModelFiles(model),
-        load_task(task) if task else None,
-        scorer,
-        output,
-        settings,
-        device,
-        force,
-        granularity,
-        head,
-    )
+    files, chosen = ModelFiles(model), load_task(task) if task else None
+    on, limit = start(device), memory_of(hidden_memory)
+    if dry_run:
+        estimate = score_estimate(files, chosen, scorer, output, settings, on, granularity, head, limit, spill_folder)
+        print_json(estimate.record()) if as_json else out.print("\n".join(estimate.lines()))
+        return
+    scores, fresh = run(files, chosen, scorer, output, settings, on, force, granularity, head, limit, spill_folder)
+    if world()[0] > 0:
+        return
     if as_json:
         print_json(scores.model_dump(mode="json") | {"done_before": not fresh})
         return
