@@ -86,7 +86,7 @@ def test_gptq_without_correlations_is_rtn_and_with_searched_ranges_clip():
 def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse():
     _, inputs = correlated()
     hessian = (inputs.T @ inputs / len(inputs)).double()
-    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(256)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(256, dtype=torch.float64)
     expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     assert torch.allclose(gptq.inverse_factor(hessian.clone(), 0.01), expected, rtol=1e-8, atol=1e-10)
 
@@ -209,7 +209,7 @@ def test_awq_keeps_the_function_at_16_bits_to_the_bit(uneven, architecture, dtyp
         before, state = list(hidden.map(partial(model.run, 0, module))), {}
         state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         # v, and with it the pair that it produces for, stays at 16 bits and is scaled all the same.
-        block = real_block(model, module, 0, lambda name: 16 if "v_proj" in name else 4, batches, hidden)
+        block = real_block(model, module, 0, lambda name: 16 if name.endswith(".v_proj") else 4, batches, hidden)
         awq.fit_block(block, awq.Settings())
         after = list(hidden.map(partial(model.run, 0, module)))
         changed = {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, state[name])}
