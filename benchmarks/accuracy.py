@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from taq_vllm.metrics import PairedResult, bootstrap_interval, paired_difference, wilson_interval
+from taq_vllm.metrics import CONFIDENCE, bootstrap_interval, paired_difference, wilson_interval
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -204,6 +204,7 @@ def scores_of(study: Study, files: "ModelFiles", contender: Contender, task: str
         work / "scores" / study.model / of_task / f"{slug}.json",
         contender.settings,
         device="cpu",
+        force=True,  # what lies there was made with other defaults
         granularity=contender.granularity,
     )[0]
 
@@ -451,13 +452,9 @@ def _compared(values: Mapping[str, Any], references: Mapping[str, Mapping[str, A
     for reference, others in references.items():
         for name in QUANTITIES:
             if (reference, name) != ("full", "kl"):
-                found = _paired(values[name], others[name], _weights(name, tokens))
+                found = paired_difference(values[name], others[name], _weights(name, tokens))
                 line[f"{name}_to_{reference}"] = _rounded([found.mean, found.low, found.high, found.p_value])
     return line
-
-
-def _paired(values: Any, others: Any, weights: Sequence[int] | None) -> PairedResult:
-    return paired_difference(values, others, weights)
 
 
 def _rounded(values: Sequence[float]) -> list[float]:
@@ -475,7 +472,10 @@ def better(line: Line, name: str, reference: str) -> int:
 
 
 def must_hold(lines: Sequence[Line]) -> list[str]:
-    """Sentences: who beats the mean of random, wherever uniform at the lowest bits loses."""
+    """Sentences: who beats the mean of random, wherever uniform at the lowest bits loses.
+
+    A star: also after Holm's correction for the number of contenders that could have.
+    """
     sentences = []
     head = lines[0]
     menu = STUDIES[head["study"]].menu
@@ -489,7 +489,12 @@ def must_hold(lines: Sequence[Line]) -> list[str]:
                     parts.append(f"{name}: uniform {menu[0]}-bit does not lose")
                     continue
                 own = [line for line in of_budget if line.get("scorer") in PROOF and not line.get("scored_on")]
-                winners = [line["contender"] for line in own if better(line, name, "random") > 0]
+                corrected = holm([line[f"{name}_to_random"][3] for line in own])
+                winners = [
+                    f"{line['contender']}{'*' if p < 1 - CONFIDENCE else ''}"
+                    for line, p in zip(own, corrected, strict=True)
+                    if better(line, name, "random") > 0
+                ]
                 parts.append(f"{name}: {'holds, ' + ', '.join(winners) if winners else 'DOES NOT HOLD'}")
             sentences.append(
                 f"{head['study']}, {task}, {budget} ({random['seeds']} random seeds, {random['distinct_plans']} plans"
@@ -498,15 +503,22 @@ def must_hold(lines: Sequence[Line]) -> list[str]:
     return sentences
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979), in the order given."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected = [0.0] * len(p_values)
+    most = 0.0
+    for rank, i in enumerate(order):
+        most = max(most, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = most
+    return corrected
+
+
 def _uniform_loses(lines: Sequence[Line], task: str, name: str) -> bool:
-    """Uniform at the lowest bits against full precision; it is in every budget of the study that buys no more."""
-    [random, *_] = [line for line in lines if line["task"] == task and line["contender"] == "random"]
-    del random
-    found = [line for line in lines if line["task"] == task and line.get("scorer") == "uniform"]
-    lowest = min(found, key=lambda line: line["planned_bytes"])
-    if name == "kl":
-        return lowest["kl"][1] > 0
-    return better(lowest, name, "full") < 0
+    """The smallest uniform plan against full precision; KL is a distance to it and needs no difference."""
+    uniform = [line for line in lines if line["task"] == task and line.get("scorer") == "uniform"]
+    lowest = min(uniform, key=lambda line: line["planned_bytes"])
+    return lowest["kl"][1] > 0 if name == "kl" else better(lowest, name, "full") < 0
 
 
 def _unique(values: Any) -> list[Any]:
