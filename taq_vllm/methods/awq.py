@@ -6,7 +6,8 @@ s = mean|x|^a / mean|w|^(1-a) the a in [0, 1] is searched that loses least of th
 task's tokens; leaving the weights alone (s = 1) is among the candidates. Then ranges are searched as in `clip`.
 
 s is rounded to powers of two, so what is moved is moved exactly: the model at 16 bits stays the same function to the
-bit. Query heads that share a key-value head share the scales of v -> o. The head gets no scales, only `clip`.
+bit. Where float16 is too narrow for that, in a tensor that stays at 16 bits, nothing is moved. Query heads that share
+a key-value head share the scales of v -> o. The head gets no scales, only `clip`.
 """
 
 from collections.abc import Callable
@@ -48,11 +49,13 @@ class Pair:
     Attributes:
         readers: matrices whose input features are multiplied.
         producers: tensors whose first axis is divided: a norm's weight, or a matrix's rows and their biases.
+        producer: that matrix's name; None for a norm.
         shared: [K] int64: which scale each input feature of the readers has; None: its own.
     """
 
     readers: tuple[str, ...]
     producers: tuple[Tensor, ...]
+    producer: str | None = None
     shared: Tensor | None = None
 
 
@@ -91,17 +94,19 @@ def pairs_of(module: nn.Module) -> list[Pair]:
             pairs.append(Pair(readers, (getattr(module, norm).weight.data,)))
     if "self_attn.o_proj" in matrices:
         features = matrices["self_attn.o_proj"].in_features
-        value = matrices.get("self_attn.v_proj") or matrices["self_attn.qkv_proj"]
+        producer = next(name for name in ("self_attn.v_proj", "self_attn.qkv_proj") if name in matrices)
+        value = matrices[producer]
         # Fused rows are q, k, v; q has as many as o has inputs.
-        rows = value.out_features if "self_attn.v_proj" in matrices else (value.out_features - features) // 2
+        rows = value.out_features if producer == "self_attn.v_proj" else (value.out_features - features) // 2
         head = module.self_attn.head_dim
         feature = torch.arange(features, device=value.weight.device)
         query_heads_per_value_head = features // rows
         shared = feature // (head * query_heads_per_value_head) * head + feature % head
-        pairs.insert(1, Pair(("self_attn.o_proj",), _last_rows(value, rows), shared))
+        pairs.insert(1, Pair(("self_attn.o_proj",), _last_rows(value, rows), producer, shared))
     if "mlp.down_proj" in matrices:
-        up = matrices.get("mlp.up_proj") or matrices["mlp.gate_up_proj"]
-        pairs.append(Pair(("mlp.down_proj",), _last_rows(up, matrices["mlp.down_proj"].in_features)))
+        producer = next(name for name in ("mlp.up_proj", "mlp.gate_up_proj") if name in matrices)
+        rows = matrices["mlp.down_proj"].in_features
+        pairs.append(Pair(("mlp.down_proj",), _last_rows(matrices[producer], rows), producer))
     return pairs
 
 
@@ -113,10 +118,10 @@ def _last_rows(matrix: nn.Linear, rows: int) -> tuple[Tensor, ...]:
 
 
 def move(block: Block, pair: Pair, scales: Tensor) -> bool:
-    """Multiply the readers' input features and divide the producers, in place, if both can be undone exactly.
+    """Multiply the readers' input features and divide the producers, in place, if what stays at 16 bits stays exact.
 
     Args:
-        block: its matrices that stay at 16 bits, and its norms, must hold their new values exactly in `block.dtype`.
+        block: its matrices at 16 bits, its norms and biases must hold their new values exactly in `block.dtype`.
         pair: where.
         scales: powers of two; one per output feature of the producers.
 
@@ -125,16 +130,21 @@ def move(block: Block, pair: Pair, scales: Tensor) -> bool:
     """
     matrices = matrices_of(block.module)
     of_inputs = scales if pair.shared is None else scales[pair.shared]
-    changes: list[tuple[Tensor, Tensor]] = []
+    changes: list[tuple[Tensor, Tensor, bool]] = []  # tensor, factor, whether it is stored as it is
     for name in pair.readers:
-        changes.append((matrices[name].weight.data, of_inputs))
+        changes.append((matrices[name].weight.data, of_inputs, block.entries[name].bits == 16))
     for tensor in pair.producers:
-        changes.append((tensor, 1 / scales if tensor.dim() == 1 else 1 / scales[:, None]))
-    for tensor, factor in changes:
+        if tensor.dim() == 1:
+            changes.append((tensor, 1 / scales, True))
+        else:
+            changes.append((tensor, 1 / scales[:, None], block.entries[pair.producer].bits == 16))
+    for tensor, factor, is_stored in changes:
+        if not is_stored:
+            continue
         stored = tensor.to(block.dtype).float()
         if not torch.equal((stored * factor).to(block.dtype).float() / factor, stored):
             return False
-    for tensor, factor in changes:
+    for tensor, factor, _ in changes:
         tensor.mul_(factor.to(tensor.dtype))
     return True
 
