@@ -23,6 +23,7 @@ COUNTERPARTS = {
     "learned": "AutoRoundModifier",
 }
 BATCH = 8
+TOKENIZER = Path(__file__).parents[1] / "lab" / "model"
 
 
 def recipe_of(method: str, bits: int) -> list[Any]:
@@ -57,7 +58,7 @@ def main() -> None:
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.pipelines.cache import IntermediatesCache
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not torch.accelerator.is_available():
         # 0.14 pins activations for faster copies to a GPU, and torch has no pinned memory where there is none.
@@ -73,6 +74,7 @@ def main() -> None:
     else:
         oneshot(
             model=model,
+            tokenizer=AutoTokenizer.from_pretrained(TOKENIZER),  # asked for, though the tokens are given
             dataset=rows,
             recipe=recipe,
             batch_size=BATCH,
