@@ -19,13 +19,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from taq_vllm.budget import Latencies, Shapes, model_shape, step_rest_us
+from taq_vllm.budget import Latencies, Shapes, step_rest_us
 from taq_vllm.model_files import ModelFiles
 
 PROMPT_TOKENS = 8
 SHORT, LONG = 8, 40
 """Tokens to generate: a step is (time of LONG - time of SHORT) / 32."""
 REPEATS = 5
+
+_MEMORY_OF_FREE = 0.8
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ def measure_steps(files: ModelFiles, batches: Sequence[int], device: str, enforc
     return [Step(**record) for record in json.loads(lines[-1])]
 
 
-def rest_of(step: Step, latencies: Latencies, files: ModelFiles) -> tuple[str, float]:
-    """(`model_shape`, microseconds) of what a step has beside the model's matrices and head.
+def rest_of(step: Step, latencies: Latencies, files: ModelFiles) -> float:
+    """Microseconds that a step has beside the model's matrices and head.
 
     Raises:
         ValueError: matrices that were not measured, or measured with another number of threads.
@@ -94,8 +96,12 @@ def rest_of(step: Step, latencies: Latencies, files: ModelFiles) -> tuple[str, f
             f"the engine decoded with {step.threads} threads, and {latencies.source} has latencies for "
             f"{latencies.threads}: run `taq tune` with OMP_NUM_THREADS={step.threads}"
         )
-    shape = model_shape(files.matrices, files.head)
-    return shape, step_rest_us(latencies, Shapes.of_files(files, head=False), step.us, step.batch)
+    return step_rest_us(latencies, Shapes.of_files(files, head=False), step.us, step.batch)
+
+
+def free_memory() -> float:
+    """Of this machine's memory: vLLM refuses to start on a CPU with more than that."""
+    return os.sysconf("SC_AVPHYS_PAGES") / os.sysconf("SC_PHYS_PAGES")
 
 
 def _main() -> None:
@@ -112,6 +118,7 @@ def _main() -> None:
         max_num_batched_tokens=max(most * PROMPT_TOKENS, request["max_model_len"]),
         enforce_eager=request["enforce_eager"],
         enable_prefix_caching=False,
+        **({"gpu_memory_utilization": _MEMORY_OF_FREE * free_memory()} if request["cpu"] else {}),
         use_tqdm_on_load=False,
         seed=0,
     )
