@@ -5,8 +5,8 @@ passes of transformers on the same batches with the whole model in memory. The p
 scoring does not need either: with it, the ratio would look better. Both alternate in one process.
 
 Memory: the peak of a fresh process that scores, less that of one that scores a tiny model (imports and what torch and
-its libraries allocate when first used), against what has to be there: embedding, two blocks and the hidden states of
-the calibration set, all in 16 bits even where the walk computes in float32. The allocator is told to give freed memory
+its libraries allocate when first used), against what it may take: embedding, two blocks and the hidden states of the
+calibration set, all in 16 bits even where the walk computes in float32. The allocator is told to give freed memory
 back at once; what it would keep for later is not what scoring needs. (The lab model is hardly larger than the tiny
 one: its line can only say that there is nothing else.)
 
@@ -21,6 +21,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -107,13 +108,15 @@ def allowed_bytes(model: "StreamedModel", batches: "Sequence[Batch]") -> dict[st
     }
 
 
-def run_of(model: "StreamedModel", sequences: "list[TokenizedExample]") -> "Run":
-    """Every block of a model to score on some sequences."""
+def run_of(model: "StreamedModel", sequences: "list[TokenizedExample]", folder: str) -> "Run":
+    """Every block of a model to score on some sequences, from the start; the journal is in `folder`."""
     from taq_vllm.scoring import Run
     from taq_vllm.units import units_of
 
     units = units_of(model.files.matrices, "layer")
-    return Run(model.files, "cpu", model, None, sequences, "layer", units, Path(os.devnull))
+    for left in Path(folder).iterdir():
+        left.unlink()
+    return Run(model.files, "cpu", model, None, sequences, "layer", units, Path(folder) / "journal")
 
 
 # Children: fresh processes, each prints its answer as JSON.
@@ -125,13 +128,18 @@ def _prepare(case: Case) -> tuple[Any, Any, Any, Any]:
     from taq_vllm.stream import StreamedModel, make_batches
 
     settings = taq.Settings()
-    model = StreamedModel(ModelFiles(case.model))
+    model = StreamedModel(ModelFiles(case.model), "cpu")
     sequences = calibration(case, model)
     return model, sequences, make_batches(sequences, settings.batch_size, settings.max_tokens), settings
 
 
 def _time(case: Case) -> dict[str, Any]:
     """Seconds of plain passes and of scoring runs, in turn, after one warm-up of each."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _time_in(case, folder)
+
+
+def _time_in(case: Case, folder: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -148,7 +156,7 @@ def _time(case: Case) -> dict[str, Any]:
             plain(input_ids=batch.input_ids, use_cache=False)
 
     def score() -> None:
-        taq.score_units(run_of(streamed, sequences), settings)
+        taq.score_units(run_of(streamed, sequences, folder), settings)
 
     def seconds(run: Callable[[], None]) -> float:
         started = time.perf_counter()
@@ -157,7 +165,7 @@ def _time(case: Case) -> dict[str, Any]:
 
     with torch.inference_mode():
         plain(input_ids=batches[-1].input_ids, use_cache=False)
-    taq.score_units(run_of(streamed, sequences[: settings.batch_size]), settings)
+    taq.score_units(run_of(streamed, sequences[: settings.batch_size], folder), settings)
     cpu_started, started = time.process_time(), time.perf_counter()
     pairs = [(seconds(forward), seconds(score)) for _ in range(case.repeats)]
     return {
@@ -174,7 +182,8 @@ def _score(case: Case) -> dict[str, Any]:
     from taq_vllm.scorers import taq
 
     model, sequences, _, settings = _prepare(case)
-    taq.score_units(run_of(model, sequences), settings)
+    with tempfile.TemporaryDirectory() as folder:
+        taq.score_units(run_of(model, sequences, folder), settings)
     return {"peak_bytes": _peak_bytes()}
 
 

@@ -41,16 +41,19 @@ def task_file(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("scorer", "settings"), [("taq", {}), ("taqo", {}), ("kl", {"bits": [4, 8]}), ("loss", {})])
-def test_block_runs_are_those_that_are_made(model, task_file, tmp_path, monkeypatch, scorer, settings):
+def test_block_runs_and_hidden_states_are_those_of_the_whole_run(
+    model, task_file, tmp_path, monkeypatch, scorer, settings
+):
     files, task = ModelFiles(model), load_task(task_file)
     settings = settings | {"batch_size": 3}
     estimate = preflight.score_estimate(files, task, scorer, tmp_path / "s.json", settings, "cpu")
     assert list(tmp_path.iterdir()) == []
-    ran, loaded = [], []
+    ran, loaded, models = [], [], []
     run, block = StreamedModel.run_with_gradient, StreamedModel.block
 
     def counted(self, layer, module, hidden):
         ran.append(layer)
+        models.append(self)
         return run(self, layer, module, hidden)
 
     def counted_block(self, layer):
@@ -63,6 +66,7 @@ def test_block_runs_are_those_that_are_made(model, task_file, tmp_path, monkeypa
     assert estimate.block_runs == len(ran) / 2  # two batches
     weights = sum(2 * rows * columns for rows, columns in files.matrices.values()) / files.layers
     assert estimate.read_bytes >= len(loaded) * weights
+    assert estimate.memory_bytes["hidden states"] == models[-1].storage.most_bytes
 
 
 def test_a_scorer_that_reads_no_examples_is_estimated_too(model, tmp_path):

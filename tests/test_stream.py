@@ -1,8 +1,13 @@
+import subprocess
+import sys
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, make_tiny
 from transformers import AutoModelForCausalLM
 
+from taq_vllm import stream
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.stream import StreamedModel, make_batches, matrices_of
 
@@ -101,3 +106,85 @@ def test_config_and_weights_of_different_models_are_refused(tmp_path):
     model = StreamedModel(ModelFiles(folder))
     with pytest.raises(ValueError, match="config and weights are not of one model"), model.block(0):
         pass
+
+
+def test_only_the_rows_that_are_looked_up_are_read(tmp_path, monkeypatch):
+    files = ModelFiles(make_tiny("llama", tmp_path))
+    read = []
+    rows_of = ModelFiles.read_rows
+    monkeypatch.setattr(
+        ModelFiles,
+        "read_rows",
+        lambda self, name, rows: (read.append((name, sorted(rows))), rows_of(self, name, rows))[1],
+    )
+    monkeypatch.setattr(ModelFiles, "read", lambda self, name: pytest.fail(f"{name} was read whole"))
+    model = StreamedModel(files, "cpu")
+    batch = make_batches(SEQUENCES, batch_size=6)[0]
+    hidden = model.embed([batch])[0]
+    assert read == [("model.embed_tokens.weight", batch.input_ids.unique().tolist())]
+    monkeypatch.undo()
+    whole = files.read("model.embed_tokens.weight").to(model.compute_dtype)
+    assert torch.equal(hidden, whole[batch.input_ids])
+
+
+def test_tokens_of_another_model_are_named(tmp_path):
+    model = StreamedModel(ModelFiles(make_tiny("llama", tmp_path)), "cpu")
+    batch = make_batches(SEQUENCES, batch_size=6)[0]
+    batch.input_ids[0, 0] = 3072
+    with pytest.raises(ValueError, match=r"has 3072 rows, got row 3072 .*another model"):
+        model.embed([batch])
+
+
+def test_a_head_converted_in_parts_gives_the_logits_of_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    model = StreamedModel(ModelFiles(make_tiny("llama", tmp_path)), "cpu")
+    states = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(0))
+    with model.head() as head:
+        assert head.weight.dtype == torch.bfloat16
+        whole = torch.nn.functional.linear(head.norm(states), head.weight.float())
+        monkeypatch.setattr(stream, "_HEAD_PART_BYTES", 1000 * 256 * 4)  # 4 parts, the last one shorter
+        found = head.logits(states)
+    # products of other shapes may add in another order
+    assert torch.allclose(found, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_the_heads_rows_at_once_keep_logits_below_their_limit(tmp_path):
+    model = StreamedModel(ModelFiles(make_tiny("llama", tmp_path)), "cpu")
+    with model.head() as head:
+        assert head.rows_at_once * 3072 * 4 <= 256 << 20 < (head.rows_at_once + 1) * 3072 * 4
+
+
+@pytest.mark.parametrize(
+    ("tensor", "named"), [("embed_tokens", "model.embed_tokens"), ("layers.1.self_attn.v_proj", "model.layers.1")]
+)
+def test_states_that_are_not_finite_name_what_gives_them(tensor, named, tmp_path):
+    folder = make_tiny("llama", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights[f"model.{tensor}.weight"][:] = float("inf")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model = StreamedModel(ModelFiles(folder), "cpu")
+    with pytest.raises(ValueError, match=f"{named} of .* not finite: compare its weights with the model's source"):
+        walk(model, make_batches(SEQUENCES, batch_size=6))
+
+
+def test_a_walk_does_not_hold_what_it_has_read(tmp_path):
+    """Resident memory, pages of mapped files included, of a process that walks 12 blocks of 8 MB each."""
+    folder = make_tiny("llama", tmp_path, hidden_size=512, intermediate_size=2048, num_hidden_layers=12)
+    code = f"""
+from pathlib import Path
+from taq_vllm.model_files import ModelFiles
+from taq_vllm.scoring import peak_memory_bytes
+from taq_vllm.stream import StreamedModel, make_batches
+from taq_vllm.tasks import TokenizedExample
+model = StreamedModel(ModelFiles({str(folder)!r}), "cpu")
+hidden = model.embed(make_batches([TokenizedExample(list(range(3, 40)), 5)], 1))
+for layer in range(model.layers):
+    with model.block(layer) as block:
+        hidden.replace(lambda states: model.run(layer, block, states))
+    if layer == 1:
+        two = peak_memory_bytes()
+print(peak_memory_bytes() - two)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    # Ten more blocks are 200 MB in float32, and 100 MB of file; the allocator may keep one block's worth
+    assert int(done.stdout) < 24e6

@@ -8,6 +8,9 @@ A scorer is a module of this package (`weight_error.py` is `weight-error`) with
 - `COST_UNIT`: the unit of its costs per bitwidth, or None if it gives none;
 - `score_units(run, settings) -> list[UnitScore]`: one score per unit of `run.units` (`scoring.Run`), in that order.
 
+and, where it holds the hidden states entering every block at once, `KEEPS_ALL_HIDDEN_STATES = True`, which
+`preflight.py` reads.
+
 `scoring.score` runs one and writes `scores.json`.
 """
 

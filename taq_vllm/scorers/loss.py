@@ -59,6 +59,7 @@ from taq_vllm.units import GRANULARITIES, HEAD  # noqa: F401
 
 READS = "answers"
 COST_UNIT = "nats per answer token"
+KEEPS_ALL_HIDDEN_STATES = True
 
 _SAVE_EVERY_S = 60.0
 _HEAD_ROWS = 8192  # 8192 x 8192 in float32 are 256 MB
