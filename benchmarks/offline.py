@@ -18,14 +18,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from taq_vllm.metrics import exact_match, f1, math_match
+from taq_vllm.evaluate import judge
+from taq_vllm.generate import greedy
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import GROUP_SIZE
 from taq_vllm.quantizer import quantize, search_clip
-from taq_vllm.sandbox import Candidate, extract_code, run_all
-from taq_vllm.tasks import Example, Task, tokenize
+from taq_vllm.tasks import Task, tokenize
 from taq_vllm.units import layer_of
 
 BATCH_TOKENS = 1536
@@ -315,45 +315,12 @@ class Evaluator:
             outputs[item] = outputs[item] + more
         return outputs, len(unfinished)
 
-    @torch.inference_mode()
     def _generate(self, begun: dict[int, list[int]]) -> dict[int, list[int]]:
         """Greedy continuations of outputs that have begun."""
-        most = self._task.max_new_tokens
-        items = sorted(begun, key=lambda item: len(self._prompts[item]) + len(begun[item]))
-        continued: dict[int, list[int]] = {}
-        for start in range(0, len(items), GENERATED_ROWS):
-            group = items[start : start + GENERATED_ROWS]
-            allowed = [most - len(begun[item]) for item in group]
-            more = self._continue([self._prompts[item] + begun[item] for item in group], allowed)
-            continued |= dict(zip(group, more, strict=True))
-        return continued
-
-    def _continue(self, sequences: list[list[int]], allowed: list[int]) -> list[list[int]]:
-        """Greedy continuations; rows that have ended leave the batch."""
-        longest = max(map(len, sequences))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in sequences])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in sequences])
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        made: list[list[int]] = [[] for _ in sequences]
-        running = torch.arange(len(sequences))
-        cache = DynamicCache(config=self._model.config)
-        while len(running):
-            hidden = self._decoder(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            ).last_hidden_state
-            ids = self._model.lm_head(hidden[:, -1]).argmax(-1, keepdim=True)
-            left = []
-            for row, (sequence, token) in enumerate(zip(running.tolist(), ids[:, 0].tolist(), strict=True)):
-                made[sequence].append(token)
-                if token != self._tokenizer.eos_token_id and len(made[sequence]) < allowed[sequence]:
-                    left.append(row)
-            if len(left) < len(running):
-                keep = torch.tensor(left, dtype=torch.long)
-                running, ids, mask, positions = running[keep], ids[keep], mask[keep], positions[keep]
-                cache.batch_select_indices(keep)
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            positions = positions[:, -1:] + 1
-        return made
+        left = {item: self._task.max_new_tokens - len(output) for item, output in begun.items()}
+        prompts = [self._prompts[item] + output for item, output in begun.items()]
+        made = greedy(self._model, prompts, max(left.values(), default=1), batch_size=GENERATED_ROWS)
+        return {item: output[: left[item]] for item, output in zip(begun, made, strict=True)}
 
     def _text(self, output: list[int]) -> str:
         return self._tokenizer.decode(output, skip_special_tokens=True)
@@ -362,13 +329,10 @@ class Evaluator:
         """The metric of every output; an output that was seen before is not judged again."""
         texts = [(item, self._text(output)) for item, output in enumerate(outputs)]
         new = [(item, text) for item, text in texts if (item, text) not in self._judged]
-        if self._task.metric == "pass@1":
-            candidates = [_candidate(self._examples[item], text) for item, text in new]
-            outcomes = run_all(candidates, allow=self._allow, workers=1) if new else []
-            self._judged |= {key: float(outcome.passed) for key, outcome in zip(new, outcomes, strict=True)}
-        else:
-            judge = {"em": exact_match, "f1": f1, "math": math_match}[self._task.metric]
-            self._judged |= {(item, text): judge(text, self._examples[item].answers) for item, text in new}
+        if new:
+            examples = [self._examples[item] for item, _ in new]
+            judged = judge([text for _, text in new], examples, self._task, self._allow)
+            self._judged |= dict(zip(new, judged, strict=True))
         return [self._judged[key] for key in texts]
 
 
@@ -378,15 +342,6 @@ def _by_owner(owners: list[int], chosen: list[int], targets: list[int]) -> dict[
     for owner, mine, other in zip(owners, chosen, targets, strict=True):
         answers.setdefault(owner, []).append((mine, other))
     return answers
-
-
-def _candidate(example: Example, text: str) -> Candidate:
-    return Candidate(
-        code=extract_code(text, example.prompt, example.entry_point),
-        tests=example.tests,
-        test_setup=example.test_setup,
-        entry_point=example.entry_point,
-    )
 
 
 def _load(files: ModelFiles) -> tuple[torch.nn.Module, "AutoTokenizer"]:
