@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taq_vllm.allocate import Request, allocate
+from taq_vllm.allocate import Request, _costs_of, allocate
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import ModelRef, ScorerRef, weight_bytes
 from taq_vllm.scores import Scores, UnitScore
@@ -237,3 +237,65 @@ def test_ties_and_noise_are_ordered_by_the_tiebreak():
         peak_memory_bytes=0,
     )
     assert layers_in_order(made) == [4, 1, 2, 0, 3]
+
+
+def costed(files, granularity, **costs):
+    """Scores with costs of a 4-bit unit by the order of units."""
+    made = baseline(files, "random", granularity=granularity)
+    units = tuple(
+        entry.model_copy(update={"costs": {4: 1.0 + place} | costs}) for place, entry in enumerate(made.units)
+    )
+    return made.model_copy(update={"units": units, "cost_unit": "nats"})
+
+
+@pytest.mark.parametrize(("scored", "planned"), itertools.product(("layer", "module"), repeat=2))
+def test_plans_of_any_granularity_are_made_from_scores_of_any(files, scored, planned):
+    plan = allocate(files, costed(files, scored), Request("6bits", "knapsack", granularity=planned))
+    assert plan.budget.average_bits <= 6
+    assert plan.allocation.granularity == planned
+    if planned == "layer":
+        assert all(
+            plan.matrices[f"model.layers.{i}.self_attn.q_proj"].bits
+            == plan.matrices[f"model.layers.{i}.mlp.down_proj"].bits
+            for i in range(LAYERS)
+        )
+
+
+def test_costs_are_completed_by_a_factor_of_four_a_bit_and_never_negative_or_rising():
+    entry = UnitScore(unit="u", score=0, costs={4: 1.6, 8: -0.5})
+    assert _costs_of(entry, (3, 4, 5, 8, 16)) == {16: 0.0, 8: 0.0, 5: 0.4, 4: 1.6, 3: 6.4}
+    assert _costs_of(UnitScore(unit="u", score=0, costs={4: 0.1, 8: 0.2}), (4, 8)) == {8: 0.2, 4: 0.2}
+
+
+@given(values, st.sampled_from([(3, 4, 8), (2, 4), (2, 3, 4, 8), (8,)]), st.floats(8.3, 12))
+@settings(max_examples=20, deadline=None)
+def test_any_menu_is_kept_to_in_rank_order(files, scores, menu, budget):
+    made = scores_of(files, scores)
+    plan = allocate(files, made, Request(f"{budget}bits", menu=menu))
+    in_rank_order = [bits_by_layer(plan)[layer] for layer in layers_in_order(made)]
+    assert set(in_rank_order) <= set(menu)
+    assert in_rank_order == sorted(in_rank_order, reverse=True)
+    assert max(menu) in in_rank_order
+
+
+def test_a_head_that_is_not_scored_is_refused_and_a_pinned_one_is_planned(files):
+    with pytest.raises(ValueError, match=r"taq score --head.*--pin lm_head=8"):
+        allocate(files, scores_of(files, range(LAYERS)), Request("6bits", head=True))
+    for pin in ("lm_head=8", "re:.*lm_head=8"):
+        plan = allocate(files, scores_of(files, range(LAYERS)), Request("6bits", pins=(pin,)))
+        assert (plan.matrices["lm_head"].bits, plan.matrices["lm_head"].why) == (8, "pinned")
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (Request("6bits", menu=(4, 9)), "got menu 4, 9"),
+        (Request("6bits", menu=(2, 3, 4, 5, 8)), "--allocation knapsack"),
+        (Request("6bits", "paper", menu=(3, 4, 8)), "'paper' gives 4, 8, 16"),
+        (Request("6bits", granularity="row"), "got granularity 'row'"),
+        (Request("6bits", edges=4), "4 edge layers"),
+    ],
+)
+def test_requests_that_no_model_can_answer_are_refused(files, request_, said):
+    with pytest.raises(ValueError, match=said):
+        allocate(files, baseline(files, "edges"), request_)
