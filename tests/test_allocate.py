@@ -248,7 +248,7 @@ def costed(files, granularity, **costs):
     return made.model_copy(update={"units": units, "cost_unit": "nats"})
 
 
-@pytest.mark.parametrize(("scored", "planned"), itertools.product(("layer", "module"), repeat=2))
+@pytest.mark.parametrize(("scored", "planned"), list(itertools.product(("layer", "module"), repeat=2)))
 def test_plans_of_any_granularity_are_made_from_scores_of_any(files, scored, planned):
     plan = allocate(files, costed(files, scored), Request("6bits", "knapsack", granularity=planned))
     assert plan.budget.average_bits <= 6
