@@ -192,6 +192,15 @@ def _finished(output: Path, request: dict[str, Any], force: bool) -> Scores | No
     )
 
 
+def granularities(scorer: str) -> tuple[str, ...]:
+    """What a scorer can score.
+
+    Raises:
+        ValueError: there is no such scorer.
+    """
+    return _module(scorer).GRANULARITIES
+
+
 def baseline(
     files: ModelFiles,
     scorer: str,

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taq_vllm.allocate import Request, allocate
+from taq_vllm.allocate import Request, allocate, check_budget
 from taq_vllm.checkpoint import Calibration, Verified, quantize_model, verify
 from taq_vllm.distributed import first
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import Plan
 from taq_vllm.scores import Scores
-from taq_vllm.scoring import baseline, score
+from taq_vllm.scoring import granularities, score
 from taq_vllm.tasks import Task
 
 
@@ -41,9 +41,9 @@ def specialize(
         files: the full-precision model.
         task: whose examples decide what each layer gets.
         output: the new checkpoint; scores and plan are kept in `OUTPUT.work` beside it.
-        request: budget, allocation, edges and pins.
+        request: budget, allocation, granularity, edges and pins.
         calibration: how codes, scales and zero points are found.
-        scorer: `taq` or `taqo`.
+        scorer: one of `scorers.SCORERS`; it scores what the plan decides on, or blocks if it can score nothing else.
         scorer_settings: overrides of the scorer's own settings.
         device: where blocks run.
 
@@ -52,9 +52,18 @@ def specialize(
     """
     calibration.check()
     work = output.with_name(f"{output.name}.work")
-    # A budget that cannot be met should not cost a scoring pass to find out: sizes do not depend on the scores.
-    allocate(files, baseline(files, "edges"), request)
-    scores, scored_now = score(files, task, scorer, work / f"scores-{scorer}.json", scorer_settings, device)
+    check_budget(files, request)
+    granularity = request.granularity if request.granularity in granularities(scorer) else "layer"
+    scores, scored_now = score(
+        files,
+        task,
+        scorer,
+        work / f"scores-{scorer}.json",
+        scorer_settings,
+        device,
+        granularity=granularity,
+        head=request.head,
+    )
     plan = allocate(files, scores, request)
     first(lambda: plan.save(work / "plan.json"))
     quantized_now = quantize_model(files, plan, output, calibration, task, device)

@@ -5,14 +5,15 @@ from typing import Annotated
 
 import typer
 
-from taq_vllm.allocate import Request
 from taq_vllm.cli.options import (
     AllocationOption,
     BudgetOption,
     Device,
+    DeviceTable,
     EdgeBits,
     Edges,
     Examples,
+    FixedMs,
     GeneralData,
     Inputs,
     Json,
@@ -21,14 +22,19 @@ from taq_vllm.cli.options import (
     MixGeneral,
     Model,
     Pin,
+    PlanGranularity,
+    PlanHead,
     ScorerOption,
     Setting,
     TaskOption,
+    UniformFused,
     calibration_of,
+    latencies_of,
     out,
     print_json,
     print_plan,
     print_scores,
+    request_of,
     settings_of,
     sizes,
 )
@@ -43,6 +49,9 @@ def specialize(
     scorer: ScorerOption = "taq",
     setting: Setting = None,
     allocation: AllocationOption = "monotone",
+    granularity: PlanGranularity = "layer",
+    head: PlanHead = False,
+    uniform_fused: UniformFused = False,
     edges: Edges = 0,
     edge_bits: EdgeBits = 16,
     pin: Pin = None,
@@ -52,6 +61,8 @@ def specialize(
     inputs: Inputs = "quantized",
     mix_general: MixGeneral = 0.0,
     general_data: GeneralData = None,
+    device_table: DeviceTable = None,
+    fixed_ms: FixedMs = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -61,7 +72,17 @@ def specialize(
     from taq_vllm.tasks import load_task
 
     files = ModelFiles(model)
-    request = Request(budget, allocation, edges, edge_bits, tuple(pin or ()))
+    request = request_of(
+        budget,
+        allocation,
+        edges,
+        edge_bits,
+        pin,
+        granularity,
+        head=head,
+        uniform_fused=uniform_fused,
+        latencies=latencies_of([budget], device_table, None, None, fixed_ms),
+    )
     calibration = calibration_of(method, examples, inputs, method_set, mix_general, general_data)
     done = run(files, load_task(task), output, request, calibration, scorer, settings_of(setting), start(device))
     if world()[0] > 0:
