@@ -49,9 +49,8 @@ TASKS = ("trivia", "math", "code")
 SEEDS = 20
 CALIBRATION_EXAMPLES = 128
 """Read by `clip`, as `taq quantize` does."""
-ORACLE_EXAMPLES = 128
-MODULE_ORACLE_EXAMPLES = 64
-"""Per matrix the oracle runs seven times as often."""
+SCORED_EXAMPLES = 128
+"""Read by every scorer that reads examples, so that none is better for having seen more."""
 QUANTITIES = ("metric", "nll", "kl")
 PROOF = ("taqo", "kl", "loss")
 """At least one of these has to beat random."""
@@ -123,10 +122,10 @@ class Contender:
     @property
     def name(self) -> str:
         """In tables."""
-        shown = [
-            f"{key} {value}" for key, value in self.settings.items() if key not in ("max_examples", "bits", "menu")
-        ]
+        shown = [f"{key} {value}" for key, value in self.settings.items() if key not in ("max_examples", "bits")]
         parts = [*shown, *([self.allocation] if self.allocation == "knapsack" else [])]
+        if self.scorer == "uniform":
+            parts.append("the lowest bits" if self.allocation == "uniform" else "spread over the layers")
         parts += ["per matrix"] if self.granularity == "module" else []
         parts += [f"of {self.task}"] if self.task else []
         return f"{self.scorer} ({', '.join(parts)})" if parts else self.scorer
@@ -135,35 +134,40 @@ class Contender:
 def contenders(study: Study) -> list[Contender]:
     """Everyone but random, which has seeds."""
     taq = [{"stability_sign": sign, **variance} for variance in ({}, {"variance": "relative"}) for sign in (-1, 1)]
-    found = [Contender("uniform", "uniform"), Contender("edges")]
-    found += [Contender("taq", settings=settings) for settings in taq]
+    found = [Contender("uniform", "uniform"), Contender("uniform"), Contender("edges")]
+    found += [Contender("taq", settings={**settings, "max_examples": SCORED_EXAMPLES}) for settings in taq]
     for scorer in ("weight-error", *PROOF):
-        settings = _scorer_settings(scorer, study, "layer")
+        settings = _scorer_settings(scorer, study)
         found += [Contender(scorer, "monotone", "layer", settings), Contender(scorer, "knapsack", "layer", settings)]
-        found.append(Contender(scorer, "knapsack", "module", _scorer_settings(scorer, study, "module")))
+        found.append(Contender(scorer, "knapsack", "module", settings))
+    for scorer, variant in (
+        ("kl", {"perturbation": "noise"}),
+        ("loss", {"terms": "first"}),
+        ("loss", {"curvature": "model"}),
+    ):
+        found.append(Contender(scorer, "knapsack", "layer", {**_scorer_settings(scorer, study), **variant}))
     return found
 
 
 def foreign_contenders(study: Study, task: str) -> list[Contender]:
     """Plans that were made for the other tasks, of the scorers that read examples."""
     return [
-        Contender(scorer, "knapsack", "layer", _scorer_settings(scorer, study, "layer"), other)
+        Contender(scorer, "knapsack", "layer", _scorer_settings(scorer, study), other)
         for scorer in PROOF
         for other in TASKS
         if other != task
     ]
 
 
-def _scorer_settings(scorer: str, study: Study, granularity: str) -> dict[str, Any]:
-    """What differs from a scorer's defaults: the bitwidths of the menu, and how much the oracle reads.
+def _scorer_settings(scorer: str, study: Study) -> dict[str, Any]:
+    """The bitwidths of the menu, and as many examples for everyone.
 
     The oracle measures the lowest bitwidth only: each one more costs as much again.
     """
     low = [bits for bits in study.menu if bits < 16]
-    if scorer == "taqo":
-        examples = ORACLE_EXAMPLES if granularity == "layer" else MODULE_ORACLE_EXAMPLES
-        return {"bits": low[:1], "max_examples": examples}
-    return {"bits": low}
+    if scorer == "weight-error":
+        return {"bits": low}
+    return {"bits": low[:1] if scorer == "taqo" else low, "max_examples": SCORED_EXAMPLES}
 
 
 # Making plans.
@@ -192,7 +196,7 @@ def scores_of(study: Study, files: "ModelFiles", contender: Contender, task: str
 
     if contender.allocation == "uniform":
         return None
-    if contender.scorer in ("random", "edges", "weight-error"):
+    if contender.scorer in ("random", "uniform", "edges", "weight-error"):
         return baseline(files, contender.scorer, contender.settings, contender.granularity)
     of_task = contender.task or task
     settings = "-".join(f"{key}-{value}" for key, value in contender.settings.items())

@@ -2,11 +2,13 @@
 
 from pydantic import BaseModel, ConfigDict
 
+from taq_vllm import units
 from taq_vllm.scores import UnitScore
 from taq_vllm.scoring import Run
-from taq_vllm.units import GRANULARITIES, HEAD, layer_of  # noqa: F401
+from taq_vllm.units import HEAD, layer_of
 
 READS = "weights"
+GRANULARITIES = units.GRANULARITIES
 COST_UNIT = None
 
 

@@ -4,11 +4,12 @@ import random
 
 from pydantic import BaseModel, ConfigDict
 
+from taq_vllm import units
 from taq_vllm.scores import UnitScore
 from taq_vllm.scoring import Run
-from taq_vllm.units import GRANULARITIES  # noqa: F401
 
 READS = "weights"
+GRANULARITIES = units.GRANULARITIES
 COST_UNIT = None
 
 
