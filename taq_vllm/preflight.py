@@ -94,13 +94,14 @@ def score_estimate(
     head: bool = False,
     hidden_limit_bytes: float = HIDDEN_LIMIT_BYTES,
     spill_folder: Path | None = None,
+    force: bool = False,
 ) -> Estimate:
     """What `scoring.score` will take with the same arguments.
 
     Raises:
         ValueError: what it would refuse.
     """
-    request = scoring.prepare(files, task, scorer, settings, granularity)
+    request = scoring.check_request(files, task, scorer, output, settings, force, granularity, head)
     with _folder_beside(output) as folder:
         started = time.monotonic()
         before = _reset_peak()

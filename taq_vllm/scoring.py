@@ -86,32 +86,18 @@ def score(
     Raises:
         ValueError: no such scorer or setting, one that cannot do what is asked, or examples that do not fit the model.
     """
-    asked = prepare(files, task, scorer, settings, granularity)
+    asked = check_request(files, task, scorer, output, settings, force, granularity, head)
+    if asked.finished is not None:
+        return asked.finished, False
     module, chosen, task, examples = asked.module, asked.settings, asked.task, asked.examples
-    recorded = chosen.model_dump(mode="json")
-    task_ref = asked.task_ref
-    request = {
-        "fingerprint": files.ref.fingerprint,
-        "task": task_ref and task_ref.model_dump(),
-        "scorer": scorer,
-        "settings": recorded,
-        "granularity": granularity,
-        "head": head,
-    }
-    previous = distributed.first(lambda: _finished(output, request, force))
-    if previous is not None:
-        return previous, False
 
     started = time.monotonic()
     output.parent.mkdir(parents=True, exist_ok=True)
     model = None if task is None else StreamedModel(files, device, hidden_limit_bytes, spill_folder or output.parent)
     sequences = [] if task is None else calibration_sequences(model, task, examples, module.READS == "answers")
-    _, processes = distributed.world()
-    if 0 < len(sequences) < processes:
-        raise ValueError(f"{len(sequences)} examples cannot be split over {processes} processes: start fewer")
     # What was computed elsewhere, or split otherwise, differs in its last bits, and is not continued here.
-    computed = [model.device.type, str(model.compute_dtype), processes] if model else []
-    key = hashlib.sha256(json.dumps([request, computed], sort_keys=True).encode()).hexdigest()[:12]
+    computed = [model.device.type, str(model.compute_dtype), distributed.world()[1]] if model else []
+    key = hashlib.sha256(json.dumps([asked.request, computed], sort_keys=True).encode()).hexdigest()[:12]
     journal = output.with_name(f"{output.name}.{key}.journal")
     units = units_of([*files.matrices, *(files.head if head else ())], granularity)
     on = str(model.device) if model else distributed.device_of(device)
@@ -121,8 +107,8 @@ def score(
     def finish() -> Scores:
         scores = Scores(
             model=files.ref,
-            task=task_ref,
-            scorer=ScorerRef(name=scorer, settings=recorded),
+            task=asked.task_ref,
+            scorer=ScorerRef(name=scorer, settings=asked.request["settings"]),
             granularity=granularity,
             cost_unit=module.COST_UNIT,
             units=found,
@@ -150,6 +136,8 @@ class Asked:
         task: None for scorers that read no examples.
         task_ref: how the task is recorded.
         examples: how many of its calibration examples are read.
+        request: what the scores are the answer to.
+        finished: the answer, if it is at the output already.
     """
 
     module: ModuleType
@@ -157,12 +145,21 @@ class Asked:
     task: Task | None
     task_ref: TaskRef | None
     examples: int
+    request: dict[str, Any]
+    finished: Scores | None
 
 
-def prepare(
-    files: ModelFiles, task: Task | None, scorer: str, settings: dict[str, Any] | None, granularity: Granularity
+def check_request(
+    files: ModelFiles,
+    task: Task | None,
+    scorer: str,
+    output: Path,
+    settings: dict[str, Any] | None = None,
+    force: bool = False,
+    granularity: Granularity = "layer",
+    head: bool = False,
 ) -> Asked:
-    """Check a request for scores; arguments and errors are those of `score`."""
+    """Check a request for scores before anything runs; arguments and errors are those of `score`."""
     module = _module(scorer)
     chosen = _settings_of(module, scorer, settings or {})
     if granularity not in module.GRANULARITIES:
@@ -171,9 +168,25 @@ def prepare(
             "plans of any granularity can be made from its scores"
         )
     files.check_plannable()
+    task_ref, examples = None, 0
     if module.READS == "weights":
-        return Asked(module, chosen, None, None, 0)
-    return Asked(module, chosen, task, *_examples(task, scorer, module.READS, getattr(chosen, "max_examples", None)))
+        task = None
+    else:
+        task_ref, examples = _examples(task, scorer, module.READS, getattr(chosen, "max_examples", None))
+        if examples < distributed.world()[1]:
+            raise ValueError(
+                f"{examples} examples cannot be split over {distributed.world()[1]} processes: start fewer"
+            )
+    request = {
+        "fingerprint": files.ref.fingerprint,
+        "task": task_ref and task_ref.model_dump(),
+        "scorer": scorer,
+        "settings": chosen.model_dump(mode="json"),
+        "granularity": granularity,
+        "head": head,
+    }
+    finished = distributed.first(lambda: _finished(output, request, force))
+    return Asked(module, chosen, task, task_ref, examples, request, finished)
 
 
 def _finished(output: Path, request: dict[str, Any], force: bool) -> Scores | None:
