@@ -132,32 +132,16 @@ def quantize_model(
         ValueError: the plan does not fit the model, the calibration cannot be, or `output` holds something else.
         OSError: no space left; what was written is kept for the same command to continue.
     """
-    files.check_plannable()
-    calibration.check()
-    plan.check_fits(files.ref, files.matrices, files.head)
-    plan.check_served("the plan")
-    if all(m.bits == 16 for m in plan.matrices.values()):
-        raise ValueError(
-            "the plan leaves every matrix at 16 bits: there is nothing to quantize; serve the model as it is"
-        )
-    if method_named(calibration.method).READS_INPUTS and task is None and calibration.mix_general < 1:
-        raise ValueError(
-            f"method {calibration.method!r} fits on a task's inputs: give --task, or use --method rtn, which reads none"
-        )
     partial = output.with_name(f".{output.name}.partial")
     model = StreamedModel(files, device, hidden_limit_bytes, partial.absolute().parent)
-    made_by = _made_by(model, plan, calibration, task)
+    made_by, finished = check_request(model, plan, output, calibration, task)
+    if finished:
+        first(lambda: _remove_leftovers(output))
+        return False
     with ExitStack() as held:
 
-        def prepare() -> dict[str, str] | None:
-            """Shards that an earlier run has left, by name; None if there is nothing to do."""
-            if output.is_dir() and any(output.iterdir()):
-                manifest = _manifest_of(output)
-                if manifest.get("made_by") != made_by:
-                    raise ValueError(f"{output} exists and holds something else: remove it, or choose another output")
-                _check_sizes(output, manifest)
-                _remove_leftovers(output)
-                return None
+        def prepare() -> dict[str, str]:
+            """Shards that an earlier run has left, by name."""
             _check_free_space(output, plan, partial)
             held.enter_context(_alone_in(partial))
             _keep_only_work_of(partial, made_by)
@@ -173,10 +157,7 @@ def quantize_model(
             _remove_leftovers(output)
 
         try:
-            done = first(prepare)
-            if done is None:
-                return False
-            shards = _Shards(partial, model.layers + 1, done)
+            shards = _Shards(partial, model.layers + 1, first(prepare))
             if len(shards.done) <= model.layers:
                 _write_shards(model, plan, shards, calibration, task)
             first(finish)
@@ -189,6 +170,42 @@ def quantize_model(
                 "Free some space and run the same command again: it continues",
             ) from error
     return True
+
+
+def check_request(
+    model: StreamedModel, plan: Plan, output: Path, calibration: Calibration, task: Task | None
+) -> tuple[dict[str, Any], bool]:
+    """Check a request for a checkpoint before anything runs; nothing is changed.
+
+    Arguments and errors are those of `quantize_model`, whose files are here a model that can be walked.
+
+    Returns:
+        Everything that the checkpoint's bytes depend on, and whether it is at the output already.
+    """
+    files = model.files
+    calibration.check()
+    plan.check_fits(files.ref, files.matrices, files.head)
+    plan.check_served("the plan")
+    if all(m.bits == 16 for m in plan.matrices.values()):
+        raise ValueError(
+            "the plan leaves every matrix at 16 bits: there is nothing to quantize; serve the model as it is"
+        )
+    if method_named(calibration.method).READS_INPUTS and task is None and calibration.mix_general < 1:
+        raise ValueError(
+            f"method {calibration.method!r} fits on a task's inputs: give --task, or use --method rtn, which reads none"
+        )
+    made_by = _made_by(model, plan, calibration, task)
+
+    def finished() -> bool:
+        if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+            return False
+        manifest = _manifest_of(output)
+        if manifest.get("made_by") != made_by:
+            raise ValueError(f"{output} exists and holds something else: remove it, or choose another output")
+        _check_sizes(output, manifest)
+        return True
+
+    return made_by, first(finished)
 
 
 def pack(name: str, quantized: Quantized) -> dict[str, Tensor]:

@@ -143,10 +143,7 @@ def quantize_estimate(
     Raises:
         ValueError: what it would refuse.
     """
-    files.check_plannable()
-    calibration.check()
-    plan.check_fits(files.ref, files.matrices, files.head)
-    plan.check_served("the plan")
+    checkpoint.check_request(StreamedModel(files, device), plan, output, calibration, task)
     with _folder_beside(output) as folder:
         started = time.monotonic()
         before = _reset_peak()
