@@ -4,7 +4,7 @@ A *unit* (`units.py`: a transformer block, a fused layer or a matrix) gets bits 
 - `monotone`: precision never rises as the score falls. With three bitwidths that is two cut points in the ranking; all
   are tried. A unit of rank r among n weighs n - r, and of that b bits lose 4^(lowest - b), since the error of rounding
   falls by 4 with every bit. So 8 bits are worth almost what 16 are, and 16 remain only where bytes are left.
-- `knapsack`: the least sum of the scorer's costs per bitwidth (`knapsack.py`, exact); where the scorer has none, the
+- `knapsack`: the least sum of the scorer's costs per bitwidth (`knapsack.py`: exact, or the gap is told); where the scorer has none, the
   losses of `monotone` without its order.
 - `paper`: the paper's shares: of the units that are free, the first 15% by rank at 16 bits, the next 45% at 8.
 - `uniform`: the same bits everywhere, the least loss that the budget allows.
@@ -186,7 +186,8 @@ class Problem:
             ValueError: the budget cannot be met, or is above the full-precision model.
         """
         for place, limit in enumerate(self.meter.limits):
-            self._check_limit(place, limit)
+            self._check_met(place, limit)
+        self._check_not_all_slack()
         choices, gap = self._best(self.uses, self.available)
         if choices is None:
             raise ValueError(
@@ -288,7 +289,7 @@ class Problem:
         weights = np.arange(len(self.free), 0, -1.0)
         return weights[:, None] * np.array([4.0 ** (menu[0] - bits) for bits in menu])
 
-    def _check_limit(self, place: int, limit: Limit) -> None:
+    def _check_met(self, place: int, limit: Limit) -> None:
         uses = self.uses[:, :, place].astype(float)
         least = self._extreme(uses)
         if self.uses[np.arange(len(least)), least, place].sum() > self.available[place]:
@@ -298,11 +299,19 @@ class Problem:
                 f"budget {limit.text} is below the smallest that {self.request.allocation!r} can meet here: "
                 f"{self._describe(limit, least)}. Ask for more, pin or protect less, or allow fewer bits with --menu."
             )
-        full = sum(self.meter.use(name, 16, limit) for name in self.shapes.matrices) if limit.unit != "ms" else None
-        if full is not None and self.meter.available[place] > full:
+
+    def _check_not_all_slack(self) -> None:
+        """Where every limit is above the full-precision model, there is nothing to decide."""
+        limits = self.meter.limits
+        slack = [
+            limit.unit != "ms" and available > sum(self.meter.use(name, 16, limit) for name in self.shapes.matrices)
+            for limit, available in zip(limits, self.meter.available, strict=True)
+        ]
+        if all(slack):
+            largest = self._extreme(-self.uses[:, :, 0].astype(float))
             raise ValueError(
-                f"budget {limit.text} is above the full-precision model: the largest plan is "
-                f"{self._describe(limit, self._extreme(-uses))}. Ask for less, or serve the model as it is."
+                f"budget {self.request.budget} is above the full-precision model: the largest plan is "
+                f"{self._describe(limits[0], largest)}. Ask for less, or serve the model as it is."
             )
 
     def _least_average(self, choices: NDArray[np.int64]) -> NDArray[np.int64]:

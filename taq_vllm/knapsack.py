@@ -2,12 +2,14 @@
 
     minimise sum_i cost[i, j_i]   subject to   sum_i use[i, j_i, c] <= limit[c] for every c
 
-`solve` is exact. Multipliers of the limits (bisection for one, the linear program of HiGHS for several) turn every
+`solve` is exact, or the gap is told: how much less another answer could cost at most. Multipliers of the limits (bisection for one, the linear program of HiGHS for several) turn every
 choice into a *detour*: how much worse it is than its unit's best once use has its price. The best answer of all has
 detours below the gap between any answer and the bound, so units are taken up in the order of their cheapest detour per
 use, the answers so far are kept as states (use, detours), and a state goes when another one dominates it or its bound
 is no better than the best answer (Pisinger, EJOR 83, 1995). When more states are left than fit, HiGHS
-(scipy.optimize.milp) solves what could not be excluded, and its answer is checked in whole numbers.
+(scipy.optimize.milp) solves what could not be excluded, and its answer is checked in whole numbers. One limit is
+proven for 10,000 units within seconds; of several that all bind, a few hundred units are, and thousands may keep a gap
+when the time is up.
 
 `curve` is the trade-off between one use and the cost: its points are the corners of the lower convex hull, each of them
 exactly optimal at its own size. Between two corners a limit has to be solved for by `solve`.
@@ -17,6 +19,7 @@ import contextlib
 import itertools
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,7 +32,10 @@ TOLERANCE = 1e-9
 _PRECISION = 1e-13  # of the sum of all units' ranges of cost: what sums of doubles hold
 # (states at a time, states in all): a quick look for a good answer, then the search that has to be complete.
 _EFFORTS = ((5_000, 3_000_000), (400_000, 12_000_000))
-_HIGHS_CHOICES, _HIGHS_SECONDS = 2_000, 20.0
+_HIGHS_CHOICES = 2_000
+_HIGHS_INFEASIBLE = 2  # 1 is out of time
+SECONDS = 8.0
+"""Processor time of a solution, unless it is proven before."""
 _ROUNDS = 100
 
 
@@ -67,42 +73,74 @@ class Point:
     choice: int | None
 
 
-def solve(costs: NDArray[np.float64], uses: NDArray[np.int64], limits: NDArray[np.int64]) -> Solution | None:
+def solve(
+    costs: NDArray[np.float64], uses: NDArray[np.int64], limits: NDArray[np.int64], seconds: float = SECONDS
+) -> Solution | None:
     """The cheapest choices within the limits.
 
     Args:
         costs: [units, choices].
         uses: [units, choices, limits] whole numbers.
         limits: [limits]; below 0 is allowed, as uses are.
+        seconds: of processor time, after which the best answer so far is taken, with its gap.
 
     Returns:
         The solution; None where no choices keep within the limits.
+
+    Raises:
+        ValueError: no answer was found in the time, and none was excluded.
     """
+    deadline = time.process_time() + seconds
     if not len(costs):
         return Solution(np.zeros(0, np.int64), 0.0, 0.0) if (limits >= 0).all() else None
     if (uses.min(axis=1).sum(axis=0) > limits).any():
         return None
-    problem = _Problem(costs, uses, limits)
+    if len(limits) > 1:
+        # Limits that nothing reaches say nothing; without the others, one that remains is the easy case.
+        kept = uses.max(axis=1).sum(axis=0) > limits
+        if not kept.all():
+            kept[0] |= not kept.any()
+            uses, limits = uses[:, :, kept], limits[kept]
+    problem = _Problem(costs, uses, limits, deadline)
+    if len(limits) > 1 and np.count_nonzero(problem.prices) == 1:
+        # The best answer within the one limit that has a price is best within all of them, if it keeps them.
+        one = np.flatnonzero(problem.prices)
+        single = _solved(_Problem(costs, uses[:, :, one], limits[one], deadline), deadline, seconds)
+        if single is not None and (problem.use_of(single.choices) <= limits).all():
+            return single
+    return _solved(problem, deadline, seconds)
+
+
+def _solved(problem: "_Problem", deadline: float, seconds: float) -> Solution | None:
+    """The search, and HiGHS for what it leaves."""
     best, complete = None, False
+    # Several limits may leave the search without any answer: half of the time is for HiGHS then.
+    stop = deadline if len(problem.limits) == 1 else deadline - 0.5 * (deadline - time.process_time())
     for most, work in _EFFORTS:
         if not complete:
-            best, complete = problem.search(most, work, best)
+            best, complete = problem.search(most, work, best, stop)
     gap = 0.0
     if not complete:
-        best, bound = _integer_program(problem, best)
+        best, bound, excluded = _integer_program(problem, best, deadline)
+        if best is None and not excluded:
+            raise ValueError(
+                f"no plan was found within {seconds:g} s, and none was proven impossible: ask for more of one of the "
+                "limits, or decide on larger parts with --granularity layer"
+            )
         gap = 0.0 if best is None else max(0.0, problem.cost_of(best) - bound)
     if best is None:
         return None
-    assert (problem.use_of(best) <= limits).all(), "the choices exceed a limit"
+    assert (problem.use_of(best) <= problem.limits).all(), "the choices exceed a limit"
     return Solution(best, problem.cost_of(best), gap if gap > problem.tolerance else 0.0)
 
 
 class _Problem:
     """An instance with its multipliers: detours against the best choices at those prices."""
 
-    def __init__(self, costs: NDArray, uses: NDArray, limits: NDArray) -> None:
+    def __init__(self, costs: NDArray, uses: NDArray, limits: NDArray, deadline: float = np.inf) -> None:
         self.costs, self.uses, self.limits = costs, uses, limits
-        self.prices = _price(costs, uses, limits) if len(limits) == 1 else _prices(costs, uses, limits)
+        left = max(0.1, deadline - time.process_time())
+        self.prices = _price(costs, uses, limits) if len(limits) == 1 else _prices(costs, uses, limits, left)
         reduced = costs + uses @ self.prices
         # Of equally good choices the one that uses least, so that one limit is kept by all of them together.
         ties = np.where(reduced <= reduced.min(axis=1, keepdims=True), uses @ (self.prices + 1e-300), np.inf)
@@ -137,13 +175,16 @@ class _Problem:
     def cost_of(self, choices: NDArray) -> float:
         return float(self.costs[np.arange(len(choices)), choices].sum())
 
-    def search(self, most: int, work: int, known: NDArray | None) -> tuple[NDArray | None, bool]:
+    def search(
+        self, most: int, work: int, known: NDArray | None, deadline: float = np.inf
+    ) -> tuple[NDArray | None, bool]:
         """The best answer, and whether no better one can have been dropped.
 
         Args:
             most: states to keep at a time.
             work: states to look at in all.
             known: an answer to start from.
+            deadline: of the processor's time.
         """
         best, worth = known, np.inf if known is None else self.cost_of(known) - self.bound
         detours, changes, room, prices = self.detours, self.changes, self.room, self.prices
@@ -180,7 +221,7 @@ class _Problem:
             if worth <= self.tolerance:
                 return best, True
             work -= len(kept_use)
-            if work < 0:
+            if work < 0 or time.process_time() > deadline:
                 return best, False
             # What is left to do costs at least its rate; room that stays empty costs its price.
             rate = np.where(left < 0, down[place + 1], np.minimum(up[place + 1], prices))
@@ -252,7 +293,7 @@ def _price(costs: NDArray, uses: NDArray, limits: NDArray) -> NDArray:
     return np.array([high])
 
 
-def _prices(costs: NDArray, uses: NDArray, limits: NDArray) -> NDArray:
+def _prices(costs: NDArray, uses: NDArray, limits: NDArray, seconds: float) -> NDArray:
     """[limits] dual values of the linear program, whose choices may be fractions."""
     from scipy.optimize import linprog
     from scipy.sparse import csr_array
@@ -271,14 +312,19 @@ def _prices(costs: NDArray, uses: NDArray, limits: NDArray) -> NDArray:
         b_eq=np.ones(units),
         bounds=(0, 1),
         method="highs",
+        options={} if np.isinf(seconds) else {"time_limit": seconds},
     )
     if solved.ineqlin is None or solved.ineqlin.marginals is None:
         return np.zeros(len(limits))  # without an answer; any price gives a bound
     return np.maximum(-np.nan_to_num(solved.ineqlin.marginals), 0.0) * worth / scale
 
 
-def _integer_program(problem: _Problem, known: NDArray | None) -> tuple[NDArray | None, float]:
+def _integer_program(
+    problem: _Problem, known: NDArray | None, deadline: float = np.inf
+) -> tuple[NDArray | None, float, bool]:
     """What the search could not finish, by HiGHS: the best choices, and a bound that no answer is below.
+
+    The last value tells that there is no other answer, if there are no choices: what ran out of time says nothing.
 
     Its tolerances let an answer exceed a limit by a little. Such an answer is cut off by itself, which loses no other.
     """
@@ -290,7 +336,7 @@ def _integer_program(problem: _Problem, known: NDArray | None) -> tuple[NDArray 
     units, choices = np.nonzero(open_)
     count = len(units)
     if count > len(problem.costs) + _HIGHS_CHOICES and known is not None:
-        return known, problem.bound
+        return known, problem.bound, False
     ones = csr_array((np.ones(count), (units, np.arange(count))), shape=(len(problem.costs), count))
     divisors = np.maximum(np.gcd.reduce(problem.uses[open_], axis=0), 1)
     uses = csr_array((problem.uses[open_] // divisors).T.astype(float))
@@ -299,6 +345,9 @@ def _integer_program(problem: _Problem, known: NDArray | None) -> tuple[NDArray 
     limits = [LinearConstraint(ones, 1, 1), LinearConstraint(uses, -np.inf, problem.limits // divisors)]
     cuts: list[csr_array] = []
     for _ in range(_ROUNDS):
+        left = deadline - time.process_time()
+        if left <= 0:
+            break
         rows = [*limits, *([LinearConstraint(vstack(cuts), -np.inf, len(problem.costs) - 1)] if cuts else [])]
         with _quiet_stdout():
             solved = milp(
@@ -306,11 +355,12 @@ def _integer_program(problem: _Problem, known: NDArray | None) -> tuple[NDArray 
                 constraints=rows,
                 integrality=np.ones(count),
                 bounds=Bounds(0, 1),
-                options={"mip_rel_gap": 0.0, "time_limit": _HIGHS_SECONDS},
+                options={"mip_rel_gap": 0.0, **({} if np.isinf(left) else {"time_limit": left})},
             )
         bound = problem.bound if solved.mip_dual_bound is None else max(problem.bound, solved.mip_dual_bound / scale)
         if solved.x is None:
-            return known, problem.cost_of(known) if known is not None and solved.status == 2 else bound
+            excluded = solved.status == _HIGHS_INFEASIBLE
+            return known, problem.cost_of(known) if known is not None and excluded else bound, excluded
         chosen = np.zeros_like(problem.base)
         taken = np.flatnonzero(solved.x > 0.5)
         chosen[units[taken]] = choices[taken]
@@ -319,9 +369,9 @@ def _integer_program(problem: _Problem, known: NDArray | None) -> tuple[NDArray 
                 chosen = known
             if solved.status == 0:
                 bound = max(bound, problem.cost_of(chosen) - 2e-6 / scale)
-            return chosen, bound
+            return chosen, bound, False
         cuts.append(csr_array((np.ones(len(taken)), (np.zeros(len(taken), int), taken)), shape=(1, count)))
-    return known, bound
+    return known, problem.bound, False
 
 
 @contextlib.contextmanager

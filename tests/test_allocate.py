@@ -141,6 +141,14 @@ def test_a_budget_above_full_precision_is_refused(files):
         allocate(files, scores_of(files, range(LAYERS)), Request("16.5bits"))
 
 
+def test_of_several_limits_only_all_together_can_be_above_full_precision(files):
+    made = scores_of(files, range(LAYERS))
+    for budget in ("6bits,100GiB", "100GiB,6bits"):
+        assert allocate(files, made, Request(budget)).matrices == allocate(files, made, Request("6bits")).matrices
+    with pytest.raises(ValueError, match="above the full-precision model"):
+        allocate(files, made, Request("16.5bits,100GiB"))
+
+
 @pytest.mark.parametrize("budget", ["5", "5 bit", "bits", "-1bits", "4.2GiBs", "1e3MB"])
 def test_a_budget_without_a_known_unit_is_refused(files, budget):
     with pytest.raises(ValueError, match=r"5\.0bits"):

@@ -56,9 +56,9 @@ def test_what_the_search_leaves_to_highs_equals_brute_force_too(instance):
     costs, uses, limits = instance
     if (uses.min(axis=1).sum(axis=0) > limits).any():
         return
-    chosen, bound = knapsack._integer_program(knapsack._Problem(*instance), None)
+    chosen, bound, excluded = knapsack._integer_program(knapsack._Problem(*instance), None)
     best = brute_force(*instance)
-    assert (chosen is None) == (best is None)
+    assert (chosen is None) == (best is None) == excluded
     if best is not None:
         rows = np.arange(len(costs))
         assert (uses[rows, chosen].sum(axis=0) <= limits).all()
@@ -140,6 +140,45 @@ def test_two_limits_on_a_models_matrices_are_solved_to_proven_optimality():
     solution = knapsack.solve(costs, both, limits)
     assert solution.gap == 0
     assert (both[np.arange(225), solution.choices].sum(axis=0) <= limits).all()
+
+
+@pytest.mark.parametrize("slack", [0.35, 0.9])
+@pytest.mark.parametrize("choices", [3, 8])
+def test_two_limits_at_ten_thousand_units_are_solved_in_ten_seconds(choices, slack):
+    """One limit that binds harder than the other: proven. Processor time, as above."""
+    costs, uses = ten_thousand(choices, "layers")
+    time_us = ((uses // 1000) * np.random.default_rng(1).uniform(0.8, 1.2, (10_000, 1, 1))).astype(np.int64)
+    both = np.concatenate([uses, time_us], axis=2)
+    share = np.array([0.4, slack])
+    limits = ((1 - share) * both.min(axis=1).sum(axis=0) + share * both.max(axis=1).sum(axis=0)).astype(np.int64)
+    start = time.process_time()
+    solution = knapsack.solve(costs, both, limits)
+    assert time.process_time() - start < 10
+    assert (both[np.arange(10_000), solution.choices].sum(axis=0) <= limits).all()
+    assert solution.gap <= 1e-5 * solution.cost
+
+
+def test_two_limits_that_bind_alike_end_in_time_with_a_gap_that_is_told():
+    costs, uses = ten_thousand(3, "layers")
+    time_us = ((uses // 1000) * np.random.default_rng(1).uniform(0.8, 1.2, (10_000, 1, 1))).astype(np.int64)
+    both = np.concatenate([uses, time_us], axis=2)
+    limits = (0.6 * both.min(axis=1).sum(axis=0) + 0.4 * both.max(axis=1).sum(axis=0)).astype(np.int64)
+    start = time.process_time()
+    solution = knapsack.solve(costs, both, limits, seconds=3)
+    assert time.process_time() - start < 5  # of 3 s, HiGHS may end a little late
+    assert (both[np.arange(10_000), solution.choices].sum(axis=0) <= limits).all()
+    assert solution.gap <= 1e-3 * solution.cost
+
+
+def test_no_time_is_not_told_as_no_answer():
+    """Two limits that fight: the choice that keeps one exceeds the other, so only counting tells."""
+    random = np.random.default_rng(0)
+    first = random.integers(1, 10**6, (60, 3))
+    uses = np.stack([first, 10**6 - first], axis=2)
+    middle = first.sum(axis=0).mean().astype(np.int64)
+    limits = np.array([middle, 60 * 10**6 - middle])
+    with pytest.raises(ValueError, match=r"no plan was found within 0 s, and none was proven impossible"):
+        knapsack.solve(random.uniform(0, 1, (60, 3)), uses, limits, seconds=0)
 
 
 def test_nothing_of_highs_reaches_stdout(capfd):
