@@ -4,8 +4,8 @@ A *unit* (`units.py`: a transformer block, a fused layer or a matrix) gets bits 
 - `monotone`: precision never rises as the score falls. With three bitwidths that is two cut points in the ranking; all
   are tried. A unit of rank r among n weighs n - r, and of that b bits lose 4^(lowest - b), since the error of rounding
   falls by 4 with every bit. So 8 bits are worth almost what 16 are, and 16 remain only where bytes are left.
-- `knapsack`: the least sum of the scorer's costs per bitwidth (`knapsack.py`: exact, or the gap is told); where the scorer has none, the
-  losses of `monotone` without its order.
+- `knapsack`: the least sum of the scorer's costs per bitwidth (`knapsack.py`: exact, or the gap is told); where the
+  scorer has none, the losses of `monotone` without its order.
 - `paper`: the paper's shares: of the units that are free, the first 15% by rank at 16 bits, the next 45% at 8.
 - `uniform`: the same bits everywhere, the least loss that the budget allows.
 In every one, pins win over edges and edges over scores. A budget is never exceeded.

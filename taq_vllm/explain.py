@@ -1,4 +1,4 @@
-"""Why a plan is as it is: what two plans differ in, what moves one unit up or down, and what every budget could buy.
+"""Why a plan is as it is: what two plans differ in, and what moves one unit up or down.
 
 `explain` asks the allocation itself: it is run again at the plan's own size, at one byte less, and at the sizes between
 it and the largest until the smallest is found at which the unit has more bits. What it says of other budgets is in
@@ -6,25 +6,18 @@ bytes, so there is nothing to say where a plan was made for a latency, or was ed
 the same plan of its size, and the explanation says so. The search halves the sizes: if a unit should lose bits again as
 the budget grows, the size that is named is one at which it gains them, and not the first.
 
-`trade_off` is the curve of all budgets for `knapsack` (`knapsack.curve`): its points are the corners of the convex
-trade-off, each exactly the best plan of its size. Between two of them a budget is solved for by `taq plan`.
+What all budgets buy is `curve.py`.
 """
 
-import csv
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
-from taq_vllm import knapsack
-from taq_vllm.allocate import Problem, Request, check, plans_head
+from taq_vllm.allocate import Problem, Request
 from taq_vllm.budget import Shapes
-from taq_vllm.model_files import ModelFiles
-from taq_vllm.plan import Plan, write_atomically
+from taq_vllm.plan import Plan
 from taq_vllm.scores import Scores, UnitScore
-from taq_vllm.units import HEAD, Granularity, units_of
+from taq_vllm.units import Granularity, units_of
 
 
 @dataclass(frozen=True)
@@ -34,11 +27,13 @@ class Difference:
     Attributes:
         name: of the matrix.
         bits: in the first and in the second plan; None where a plan leaves the head as it is.
+        symmetric: in the first and in the second; at the same bits it alone makes other bytes.
         disk_bytes: in the first and in the second.
     """
 
     name: str
     bits: tuple[int | None, int | None]
+    symmetric: tuple[bool | None, bool | None]
     disk_bytes: tuple[int | None, int | None]
 
 
@@ -102,7 +97,7 @@ class Explanation:
 
 
 def diff(first: Plan, second: Plan) -> list[Difference]:
-    """The matrices whose bits differ, in the first plan's order.
+    """The matrices whose bits or symmetry differ, in the first plan's order; at 16 bits there is no symmetry.
 
     Raises:
         ValueError: plans of two models.
@@ -115,10 +110,14 @@ def diff(first: Plan, second: Plan) -> list[Difference]:
     differences = []
     for name in {**first.matrices, **second.matrices}:
         entries = first.matrices.get(name), second.matrices.get(name)
-        bits = tuple(entry and entry.bits for entry in entries)
-        if bits[0] != bits[1] and {*bits} != {16, None}:
-            sizes = tuple(entry and entry.disk_bytes for entry in entries)
-            differences.append(Difference(name, (bits[0], bits[1]), (sizes[0], sizes[1])))
+        one, other = (16 if entry is None else entry.bits for entry in entries)
+        quantized_alike = one == other and (one == 16 or entries[0].symmetric == entries[1].symmetric)
+        if not quantized_alike:
+            columns = [
+                tuple(entry and getattr(entry, field) for entry in entries)
+                for field in ("bits", "symmetric", "disk_bytes")
+            ]
+            differences.append(Difference(name, *columns))
     return differences
 
 
@@ -288,92 +287,3 @@ def _check_same(plan: Plan, scores: Scores) -> None:
         raise ValueError(
             f"the scores are {names[0]}, the plan was made from {names[1]}: give the file it was made from"
         )
-
-
-@dataclass(frozen=True)
-class TradeOffPoint:
-    """The best plan of one size.
-
-    Attributes:
-        disk_bytes: of all tensors.
-        average_bits: over planned weights, scales counted.
-        cost: the sum of costs.
-        unit: that got other bits than at the point before; None at the first.
-        bits: that it got.
-    """
-
-    disk_bytes: int
-    average_bits: float
-    cost: float
-    unit: str | None
-    bits: int | None
-
-
-def trade_off(files: ModelFiles, scores: Scores, request: Request) -> list[TradeOffPoint]:
-    """All budgets at once: the corners of the trade-off between size and cost, from the smallest plan on.
-
-    Args:
-        files: the model's shapes.
-        scores: costs per bitwidth, or a ranking.
-        request: menu, granularity, edges and pins; its budget and allocation do not matter.
-
-    Raises:
-        ValueError: as `allocate`.
-    """
-    files.check_plannable()
-    request = replace(request, budget="16bits", allocation="knapsack")
-    check(request)
-    if scores.model.fingerprint != files.ref.fingerprint:
-        raise ValueError(
-            f"the scores were made for {scores.model.id}, not for {files.id}: run `taq score` on {files.id}"
-        )
-    shapes = Shapes.of_files(files, plans_head(files, request))
-    problem = Problem(shapes, scores, request)
-    menu = request.menu
-    uses = np.array([[problem.unit_bytes(unit, bits) for bits in menu] for unit in problem.free], dtype=np.int64)
-    decided = sum(problem.meter.disk_bytes(name, bits) for name, (bits, _) in problem.fixed.items())
-    points = []
-    for point in knapsack.curve(problem.costs, uses.reshape(len(problem.free), len(menu))):
-        unit = None if point.unit is None else problem.free[point.unit]
-        bits = None if point.choice is None else menu[point.choice]
-        planned = decided + point.use
-        # By size a tied head never leaves 16 bits, where it is the embedding and does not count, unless it is pinned.
-        tied = shapes.tied and HEAD in shapes.matrices and problem.fixed.get(HEAD, (16, ""))[0] == 16
-        weights = problem.meter.weights - (shapes.head[HEAD][0] * shapes.head[HEAD][1] if tied else 0)
-        points.append(TradeOffPoint(planned + shapes.other_bytes, 8 * planned / weights, point.cost, unit, bits))
-    return points
-
-
-def write_csv(points: Sequence[TradeOffPoint], path: Path) -> None:
-    """A line per point: disk_bytes, average_bits, cost, unit, bits."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("disk_bytes", "average_bits", "cost", "unit", "bits"))
-    for point in points:
-        average, cost = f"{point.average_bits:.6f}", f"{point.cost:.10g}"
-        writer.writerow((point.disk_bytes, average, cost, point.unit or "", point.bits or ""))
-    write_atomically(path, text.getvalue())
-
-
-def plot(points: Sequence[TradeOffPoint], cost_unit: str, title: str, path: Path) -> None:
-    """The curve as a picture: average bits against cost, in the format of the path's ending."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    axes.plot([p.average_bits for p in points], [p.cost for p in points], ".-", markersize=4, linewidth=1)
-    positive = [point.cost for point in points if point.cost > 1e-9 * points[0].cost]
-    if positive and positive[-1] < positive[0] / 10:
-        axes.set_yscale("log")
-        axes.set_ylim(positive[-1] / 2, positive[0] * 2)
-    axes.set_xlabel("average bits per planned weight, scales and zero points counted")
-    axes.set_ylabel(f"sum of costs ({cost_unit})")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(path)
-    finally:
-        pyplot.close(figure)

@@ -2,14 +2,14 @@
 
     minimise sum_i cost[i, j_i]   subject to   sum_i use[i, j_i, c] <= limit[c] for every c
 
-`solve` is exact, or the gap is told: how much less another answer could cost at most. Multipliers of the limits (bisection for one, the linear program of HiGHS for several) turn every
-choice into a *detour*: how much worse it is than its unit's best once use has its price. The best answer of all has
-detours below the gap between any answer and the bound, so units are taken up in the order of their cheapest detour per
-use, the answers so far are kept as states (use, detours), and a state goes when another one dominates it or its bound
-is no better than the best answer (Pisinger, EJOR 83, 1995). When more states are left than fit, HiGHS
-(scipy.optimize.milp) solves what could not be excluded, and its answer is checked in whole numbers. One limit is
-proven for 10,000 units within seconds; of several that all bind, a few hundred units are, and thousands may keep a gap
-when the time is up.
+`solve` is exact, or the gap is told: how much less another answer could cost at most. Multipliers of the limits
+(bisection for one, the linear program of HiGHS for several) turn every choice into a *detour*: how much worse it is
+than its unit's best once use has its price. The best answer of all has detours below the gap between any answer and the
+bound, so units are taken up in the order of their cheapest detour per use, the answers so far are kept as states (use,
+detours), and a state goes when another one dominates it or its bound is no better than the best answer (Pisinger, EJOR
+83, 1995). When more states are left than fit, HiGHS (scipy.optimize.milp) solves what could not be excluded, and its
+answer is checked in whole numbers. One limit is proven for 10,000 units within seconds; of several that all bind a few
+hundred units are, and thousands may keep a gap when the time is up.
 
 `curve` is the trade-off between one use and the cost: its points are the corners of the lower convex hull, each of them
 exactly optimal at its own size. Between two corners a limit has to be solved for by `solve`.

@@ -1,11 +1,8 @@
-import itertools
-from dataclasses import replace
-
 import pytest
 from tiny_models import make_tiny
 
 from taq_vllm.allocate import Request, allocate
-from taq_vllm.explain import diff, explain, plot, trade_off, write_csv
+from taq_vllm.explain import diff, explain
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import MatrixPlan, ModelRef
 from taq_vllm.scores import UnitScore
@@ -39,6 +36,16 @@ def test_a_diff_names_what_differs_and_nothing_else(files, scores):
     assert diff(one, one) == []
     with pytest.raises(ValueError, match="two models"):
         diff(one, one.model_copy(update={"base_model": ModelRef(id="other", fingerprint="0")}))
+
+
+def test_a_diff_tells_symmetry_which_alone_changes_bytes(files, scores):
+    one, other = (allocate(files, scores, Request("9bits", symmetric={8: symmetric})) for symmetric in (True, False))
+    found = diff(one, other)
+    assert {each.bits for each in found} == {(8, 8)}
+    assert {each.symmetric for each in found} == {(True, False)}
+    assert sum(each.disk_bytes[1] - each.disk_bytes[0] for each in found) == (
+        other.budget.disk_bytes - one.budget.disk_bytes
+    )
 
 
 @pytest.mark.parametrize("allocation", ["monotone", "knapsack"])
@@ -103,19 +110,3 @@ def test_a_plan_that_was_edited_is_not_explained_by_budgets(files, scores):
         update={"matrices": {**plan.matrices, name: MatrixPlan(**entry.model_dump() | {"bits": 16, "symmetric": True})}}
     )._with_sizes()
     assert "edited" in explain(edited, "0")[0].note
-
-
-def test_every_point_of_the_trade_off_is_what_its_budget_gives(files, scores, tmp_path):
-    points = trade_off(files, scores, Request("", granularity="module"))
-    fine = Request("", "knapsack", granularity="module")
-    for point in points[:: max(1, len(points) // 8)]:
-        plan = allocate(files, scores, replace(fine, budget=f"{point.disk_bytes}B"))
-        assert plan.budget.disk_bytes == point.disk_bytes
-        assert plan.budget.average_bits == pytest.approx(point.average_bits)
-    assert all(a.disk_bytes < b.disk_bytes and a.cost > b.cost for a, b in itertools.pairwise(points))
-    write_csv(points, tmp_path / "c.csv")
-    lines = (tmp_path / "c.csv").read_text().splitlines()
-    assert lines[0] == "disk_bytes,average_bits,cost,unit,bits"
-    assert len(lines) == len(points) + 1
-    plot(points, "nats", "title", tmp_path / "c.png")
-    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")

@@ -38,6 +38,7 @@ from taq_vllm.cli.options import (
     request_of,
     sizes,
 )
+from taq_vllm.curve import POINTS
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import Plan
 from taq_vllm.scores import Scores
@@ -175,6 +176,9 @@ def curve(
     seed: Seed = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="A CSV file, a line per plan.")] = Path("curve.csv"),
     picture: Annotated[Path | None, typer.Option("--plot", help="A picture of it: .png, .svg or .pdf.")] = None,
+    between: Annotated[
+        int, typer.Option("--points", min=0, help="Evenly spaced sizes to solve for beside the corners; 0 for none.")
+    ] = POINTS,
     granularity: PlanGranularity = "layer",
     menu: Menu = DEFAULT_MENU,
     head: PlanHead = False,
@@ -186,8 +190,11 @@ def curve(
     asymmetric: Asymmetric = None,
     as_json: Json = False,
 ) -> None:
-    """All budgets at once: size against cost of the best plans (`--allocation knapsack`), as CSV and as a picture."""
-    from taq_vllm.explain import plot, trade_off, write_csv
+    """All budgets at once: size against cost of the best plans (`--allocation knapsack`), as CSV and as a picture.
+
+    Its points are all corners of the convex trade-off, and the best plans of sizes between them; column `corner` tells.
+    """
+    from taq_vllm.curve import plot, trade_off, write_csv
 
     if picture and picture.suffix not in (".png", ".svg", ".pdf"):
         raise typer.BadParameter(f"got --plot {str(picture)!r}; its name must end in .png, .svg or .pdf")
@@ -208,17 +215,19 @@ def curve(
         symmetric,
         asymmetric,
     )
-    points = trade_off(files, made, request)
+    points = trade_off(files, made, request, between)
     write_csv(points, output)
     if picture:
         task = f" on {made.task.name}" if made.task else ""
         plot(points, made.cost_unit or "by rank", f"{files.id}: {made.scorer.name}{task}, by {granularity}", picture)
     if as_json:
-        print_json({"output": str(output), "plot": picture and str(picture), "points": len(points)})
+        corners = sum(point.corner for point in points)
+        print_json({"output": str(output), "plot": picture and str(picture), "points": len(points), "corners": corners})
         return
     first, last = points[0], points[-1]
     out.print(
-        f"{output}: {len(points)} plans from {first.average_bits:.3f} bits ({first.disk_bytes / 1e6:.2f} MB, cost "
+        f"{output}: {len(points)} plans ({sum(point.corner for point in points)} corners) from "
+        f"{first.average_bits:.3f} bits ({first.disk_bytes / 1e6:.2f} MB, cost "
         f"{first.cost:.4g}) to {last.average_bits:.3f} bits ({last.disk_bytes / 1e6:.2f} MB, cost {last.cost:.4g}); "
         f"costs are {made.cost_unit or 'losses by rank'}"
     )
@@ -232,13 +241,16 @@ def diff(
     second: Annotated[Path, typer.Argument(help="Another plan of the same model.")],
     as_json: Json = False,
 ) -> None:
-    """What two plans differ in: matrices, bits, bytes."""
+    """What two plans differ in: matrices, bits, symmetry, bytes."""
     from taq_vllm.explain import diff as differences_of
 
     plans = Plan.load(first), Plan.load(second)
     differences = differences_of(*plans)
     if as_json:
-        records = [{"matrix": d.name, "bits": d.bits, "disk_bytes": d.disk_bytes} for d in differences]
+        records = [
+            {"matrix": d.name, "bits": d.bits, "symmetric": d.symmetric, "disk_bytes": d.disk_bytes}
+            for d in differences
+        ]
         print_json({"first": sizes(plans[0]), "second": sizes(plans[1]), "matrices": records})
         return
     if differences:
@@ -246,7 +258,7 @@ def diff(
         for column in ("matrix", "bits", "", "bytes", "", "difference"):
             table.add_column(column, justify="left" if column == "matrix" else "right")
         for entry in differences:
-            bits = ["16 (not planned)" if width is None else str(width) for width in entry.bits]
+            bits = [_kind(*each) for each in zip(entry.bits, entry.symmetric, strict=True)]
             counts = ["" if size is None else f"{size:,}" for size in entry.disk_bytes]
             known = None not in entry.disk_bytes
             change = f"{entry.disk_bytes[1] - entry.disk_bytes[0]:+,}" if known else ""
@@ -258,6 +270,12 @@ def diff(
     for label, values in _facts(plans):
         grid.add_row(label, *values)
     out.print(grid)
+
+
+def _kind(bits: int | None, symmetric: bool | None) -> str:
+    if bits is None:
+        return "16 (not planned)"
+    return str(bits) if bits == 16 else f"{bits} {'symmetric' if symmetric else 'asymmetric'}"
 
 
 def _facts(plans: tuple[Plan, Plan]) -> list[tuple[str, tuple[str, ...]]]:
