@@ -9,6 +9,7 @@ here does nothing.
 """
 
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -115,7 +116,8 @@ def first(function: Callable[[], Result]) -> Result:
     """What rank 0 gets from a function that the others do not call, on every process.
 
     Raises:
-        ValueError, OSError: what the function raised, on every process; so none waits for another that has left.
+        Exception: what the function raised, on every process, so that none waits for another that has left; a
+            RuntimeError that names it where it cannot be sent.
     """
     rank, size = world()
     if size == 1:
@@ -124,9 +126,20 @@ def first(function: Callable[[], Result]) -> Result:
     if rank == 0:
         try:
             answer[0] = function()
-        except (ValueError, OSError) as error:
-            answer[1] = error
+            pickle.dumps(answer[0])
+        except Exception as error:  # whatever it is, the others wait for it
+            answer = [None, _sendable(error)]
     distributed.broadcast_object_list(answer)
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+def _sendable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))  # some can be taken apart and not put together again
+    except Exception:  # pickling raises anything
+        named = RuntimeError(f"{type(error).__name__}: {error}")
+        named.__cause__ = error
+        return named
+    return error

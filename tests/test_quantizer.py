@@ -79,12 +79,13 @@ def test_clip_never_loses_more_than_rtn_where_it_counts(bits, symmetric):
 
 
 def test_ranges_below_4_bits_are_searched_further_inside():
-    weight, importance = weights(rows=64, columns=1024, dtype=torch.float32).pow(3), torch.ones(1024)
+    weight, importance = weights(rows=64, columns=1024, dtype=torch.float32), torch.ones(1024)
+    weight[:, ::128] = 5  # one in every group, five deviations out: half of the range reaches to it
 
     def loss(**ratios):
-        return (search_clip(weight, 2, False, importance, **ratios).dequantize() - weight).square().sum()
+        return (search_clip(weight, 2, True, importance, **ratios).dequantize() - weight).square().sum()
 
-    assert loss() < 0.9 * loss(ratios=CLIP_RATIOS)
+    assert loss() < 0.8 * loss(ratios=CLIP_RATIOS)  # measured: 0.64 where the outlier has either sign
 
 
 def test_the_scale_may_be_stored_in_another_dtype_than_the_weights():

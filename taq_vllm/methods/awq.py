@@ -163,7 +163,8 @@ def _look(
         inputs = inputs.float()
         both = torch.stack([inputs.abs().sum(0), inputs.square().sum(0)]).double()
         sums[name] = sums[name] + both if name in sums else both
-        samples.setdefault(name, []).append(inputs[-seen[name] % every :: every])
+        # Copied: a view would keep all inputs.
+        samples.setdefault(name, []).append(inputs[-seen[name] % every :: every].clone())
         seen[name] += len(inputs)
 
     block.observe([names[0] for names in groups], look)

@@ -18,8 +18,6 @@ command goes on there and ends with the same numbers. Several processes (`distri
 tokens are in it depends on the lengths of all examples alone.
 """
 
-import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,9 +28,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from taq_vllm import distributed
+from taq_vllm import distributed, journal
 from taq_vllm.hidden_states import HiddenStates
-from taq_vllm.plan import write_atomically
 from taq_vllm.progress import track
 from taq_vllm.scores import UnitScore
 from taq_vllm.scoring import Run
@@ -221,24 +218,31 @@ def score_units(run: Run, settings: Settings) -> list[UnitScore]:
     batches = make_batches(run.sequences, settings.batch_size, settings.max_tokens)
     draw = _draw(run.sequences, settings)
     groups = _groups(batches, draw, model.config.hidden_size)
-    journal = _Journal(run.journal)
-    hidden, first = _resume(model, batches, journal)
+    hidden, first, done = _resume(model, batches, run.journal)
+
+    def record(layer: int) -> None:
+        """Keep the statistics of what leaves a block; -1 is what enters the first one."""
+        done[layer] = _statistics(groups, draw, hidden, settings)
+        if distributed.world()[0] == 0:
+            entropy, variance = map(_as_json, done[layer])
+            journal.append(run.journal, {"layer": layer, "entropy": entropy, "variance": variance})
+
     if first == 0:
         hidden = model.embed(batches)
         if settings.variance == "relative":
-            journal.add(-1, *_statistics(groups, draw, hidden, settings))
+            record(-1)
     saved, saving = time.monotonic(), 0.0
     for layer in track(range(first, model.layers), "taq: information and stability", model.layers - first):
         with model.block(layer) as block:
             hidden.replace(lambda states, layer=layer, block=block: model.run(layer, block, states))
-        journal.add(layer, *_statistics(groups, draw, hidden, settings))
+        record(layer)
         now = time.monotonic()
         if distributed.first(lambda due=(now - saved) * _SAVE_SHARE >= saving: due):
             hidden.save(_hidden_file(run.journal), blocks=layer + 1)
             saved = time.monotonic()
             saving = saved - now
-    entropies = [journal.done[layer][0] for layer in range(model.layers)]
-    variances = [journal.done[layer][1] for layer in range(-1, model.layers) if layer in journal.done]
+    entropies = [done[layer][0] for layer in range(model.layers)]
+    variances = [done[layer][1] for layer in range(-1, model.layers) if layer in done]
     information = _stack(entropies)
     spread = _stack(variances[-model.layers :])
     if settings.variance == "relative":
@@ -269,41 +273,12 @@ def score_units(run: Run, settings: Settings) -> list[UnitScore]:
     ]
 
 
-class _Journal:
-    """The statistics of every block that is done, in a file that rank 0 writes: one JSON line each."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self.done: dict[int, tuple[Statistic, Statistic]] = {}
-
-    def add(self, layer: int, entropy: Statistic, variance: Statistic) -> None:
-        """Record a block; -1 is what enters the first one."""
-        self.done[layer] = (entropy, variance)
-        if distributed.world()[0] == 0:
-            record = {"layer": layer, "entropy": _as_json(entropy), "variance": _as_json(variance)}
-            with self._file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-
-    def keep(self, blocks: int) -> bool:
-        """Read what an earlier run recorded of the first `blocks` blocks and drop the rest; is all of it there?"""
-        self.done = distributed.first(lambda: self._read(blocks))
-        return len(self.done.keys() - {-1}) == blocks
-
-    def _read(self, blocks: int) -> dict[int, tuple[Statistic, Statistic]]:
-        done, lines = {}, []
-        for line in self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # cut off by a kill
-            if record["layer"] < blocks:
-                done[record["layer"]] = (_from_json(record["entropy"]), _from_json(record["variance"]))
-                lines.append(line + "\n")
-        if self._file.is_file():
-            write_atomically(self._file, "".join(lines))
-        return done
+def _recorded(file: Path, blocks: int) -> dict[int, tuple[Statistic, Statistic]]:
+    """What an earlier run recorded of the first blocks (-1: not even of what enters them); the rest is dropped."""
+    entries = [entry for entry in journal.read(file) if entry["layer"] < blocks]
+    if file.is_file():
+        journal.replace(file, entries)
+    return {entry["layer"]: (_from_json(entry["entropy"]), _from_json(entry["variance"])) for entry in entries}
 
 
 def _as_json(statistic: Statistic) -> dict[str, Any]:
@@ -322,18 +297,20 @@ def _hidden_file(journal: Path) -> Path:
     return journal.with_name(f"{journal.name}.hidden" + (f"-{rank}-of-{size}" if size > 1 else ""))
 
 
-def _resume(model: StreamedModel, batches: Sequence[Batch], journal: _Journal) -> tuple[HiddenStates | None, int]:
-    """Hidden states and number of the blocks behind them; 0 where there is nothing to go on with."""
-    hidden, blocks = model.resume(_hidden_file(journal._file)) or (None, 0)
+def _resume(
+    model: StreamedModel, batches: Sequence[Batch], file: Path
+) -> tuple[HiddenStates | None, int, dict[int, tuple[Statistic, Statistic]]]:
+    """Hidden states, number of the blocks behind them, and their statistics; 0 where there is nothing to go on with."""
+    hidden, blocks = model.resume(_hidden_file(file)) or (None, 0)
     # A kill between two processes' saves leaves them at different blocks.
     together = distributed.gather(torch.tensor([blocks]))
     if hidden is None or together.unique().numel() > 1 or len(hidden) != len(batches):
         blocks = 0
-    if not journal.keep(int(distributed.gather(torch.tensor([blocks])).min())):
-        blocks = 0
-    if blocks == 0:
-        journal.keep(-1)
-    return hidden, blocks
+    blocks = int(distributed.gather(torch.tensor([blocks])).min())
+    done = distributed.first(lambda: _recorded(file, blocks))
+    if blocks == 0 or len(done.keys() - {-1}) < blocks:
+        return None, 0, distributed.first(lambda: _recorded(file, -1))
+    return hidden, blocks, done
 
 
 @dataclass(frozen=True)
