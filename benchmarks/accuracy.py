@@ -1,38 +1,46 @@
 """Which scorer makes the best plan? All of them at equal bytes, on the lab models, against random orders.
 
 A *study* is a model and a quantizer: `conditioned-rtn` (the conditioned lab model, round to nearest), `plain-rtn`,
-`dense-rtn` (the knowledge-dense model, bitwidths 3, 4 and 8), and the same with `clip` (ranges fitted on the task's
-own calibration inputs of the full-precision model, so that a matrix is fitted once per bitwidth). In each, for every
-task and budget, every contender gets the same bytes: `random` (20 seeds), `edges`, `uniform`, `weight-error`, `taq`
-with both signs of the stability term and with relative variance, and `taqo`, `kl`, `loss`; the last four also with the
-exact knapsack over their costs, per layer and per matrix. Plans are evaluated offline with fake-quantized weights
-(`offline.py`) on 500 test items: the task's metric, answer NLL and KL to full precision.
+`dense-rtn` (the knowledge-dense model, bitwidths 3, 4 and 8), and the same with `clip`, whose ranges are fitted on the
+task's own calibration inputs *of the full-precision model*, so that a matrix is fitted once per bitwidth (`taq
+quantize` fits it on what the quantized blocks before it give). In each, for every task and budget, every contender
+gets the same bytes: `random` (20 seeds), `edges`, `uniform (spread over the layers)`, `weight-error`, `taq` with both
+signs of the stability term and with relative variance, and `taqo`, `kl`, `loss`; the last four also with the exact
+knapsack over their costs, per layer and per matrix. `uniform (the lowest bits)` stands beside them with fewer bytes.
+Plans are evaluated offline with fake-quantized weights (`offline.py`) on 500 test items: the task's metric, answer NLL
+and KL to full precision.
 
-Statistics are paired over items: against full precision, against uniform at the lowest bits, and against the mean of
-`random`, which is the mean over its seeds of every item. The spread over the seeds is printed beside it.
+Statistics. All comparisons are paired over items. The mean of `random` is that of 20 seeds, a sample of all orders:
+comparisons with it resample items and seeds together, each with replacement (the pigeonhole bootstrap, Owen 2007,
+doi:10.1214/07-AOAS122, mildly conservative), so that their intervals hold for other seeds too. Where a budget admits at
+most 12 plans (one layer above the others), all of them are evaluated, and their mean is the exact expectation of
+`random`; comparisons with that (`all_random`) resample items alone. Lines hold raw p-values; what is said to hold, and
+every mark in a table, is judged after Holm's correction for the contenders of that sentence, or of that table's column.
+Tasks, budgets and quantities are not corrected for: each is a question of its own.
 
     python -m benchmarks.accuracy conditioned-rtn plain-rtn          # runs and writes results/accuracy-STUDY.jsonl
-    python -m benchmarks.accuracy --table conditioned-rtn            # only prints tables and what must hold
-    python -m benchmarks.accuracy --validate                         # the offline evaluator against the real engine
+    python -m benchmarks.accuracy --table conditioned-rtn            # only prints tables and what they say
 
-Finished evaluations lie in `--work` and are not repeated; plans that are equal are evaluated once.
+Finished evaluations lie in `--work` and are not repeated, so a second run only makes the lines again; plans that are
+equal are evaluated once. `benchmarks/accuracy_served.py` compares the offline evaluator with the real engine.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from taq_vllm.metrics import CONFIDENCE, bootstrap_interval, paired_difference, wilson_interval
+from taq_vllm.metrics import CONFIDENCE, RESAMPLES, paired_difference, wilson_interval
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,7 +61,13 @@ SCORED_EXAMPLES = 128
 """Read by every scorer that reads examples, so that none is better for having seen more."""
 QUANTITIES = ("metric", "nll", "kl")
 PROOF = ("taqo", "kl", "loss")
-"""At least one of these has to beat random."""
+"""At least one of these, with the exact knapsack per layer, has to beat random."""
+MOST_PLANS = 12
+"""Of a budget, up to which all plans of random are evaluated."""
+EVALUATOR = 1
+"""Version of what is evaluated. Evaluations are cached by it, the model's fingerprint, the quantizer and the test set's
+hash, not by the commit: whoever changes what `offline.py` or `taq_vllm.quantizer` compute raises it, and old
+evaluations are refused."""
 
 Line = dict[str, Any]
 
@@ -296,7 +310,7 @@ def run_task(study: Study, task_name: str, work: Path, items: int | None = None)
     check_groups(files)
     planned = _plans(study, files, task_name, work)
     identity = {
-        "evaluator": 1,
+        "evaluator": EVALUATOR,
         "fingerprint": files.ref.fingerprint,
         "quantizer": study.quantizer,
         "calibration": task.calibration_sha256 if study.quantizer == "clip" else None,
@@ -307,7 +321,9 @@ def run_task(study: Study, task_name: str, work: Path, items: int | None = None)
     journal = Journal(work / f"evaluations-{study.name}-{task_name}{suffix}.jsonl", identity)
     full = dict.fromkeys(files.matrices, 16)
     lowest = dict.fromkeys(files.matrices, study.menu[0])
-    waiting = {_key(bits): bits for bits in (full, lowest, *(p.bits for p in planned)) if bits not in journal}
+    asked = [full, lowest, *(one.bits for one in planned)]
+    asked += [bits for budget in study.budgets for bits in all_of_random(_of_random(planned, budget))]
+    waiting = {_key(bits): bits for bits in asked if bits not in journal}
     tokens_file = work / f"tokens-{study.model}-{task_name}{suffix}.json"
     if waiting or not tokens_file.exists():
         importance = input_energy(files, task, CALIBRATION_EXAMPLES) if study.quantizer == "clip" else None
@@ -318,8 +334,16 @@ def run_task(study: Study, task_name: str, work: Path, items: int | None = None)
         tokens_file.write_text(json.dumps(evaluator.tokens))
     tokens = json.loads(tokens_file.read_text())
     stamp = provenance()
+    # Evaluations may be older than the commit that made lines of them.
+    stamp |= {"aggregated_commit": stamp["commit"], "evaluations": _origin(identity)}
     lines = make_lines(study, task, planned, journal, full, lowest, tokens)
     return [line | stamp for line in lines]
+
+
+def _origin(identity: Mapping[str, Any]) -> str:
+    """What cached evaluations were found by, in short."""
+    shown = {name: str(value)[:8] for name, value in identity.items() if value is not None}
+    return "cached by " + ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def _plans(study: Study, files: "ModelFiles", task: str, work: Path) -> list[Planned]:
@@ -337,6 +361,45 @@ def _plans(study: Study, files: "ModelFiles", task: str, work: Path) -> list[Pla
     return planned
 
 
+def _of_random(planned: Sequence[Planned], budget: str) -> list[Planned]:
+    return [one for one in planned if one.budget == budget and one.contender.scorer == "random"]
+
+
+def all_of_random(random: Sequence[Planned]) -> list[dict[str, int]]:
+    """Every plan that random orders make at a budget, or none where there are more than `MOST_PLANS`.
+
+    Layers of equal bytes get the same bitwidths whatever the order is, arranged by it: every arrangement is as likely.
+
+    Args:
+        random: plans of some seeds.
+    """
+    from taq_vllm.units import layer_of
+
+    by_layer = [{layer_of(name): width for name, width in one.bits.items()} for one in random]
+    widths = sorted(by_layer[0].values())
+    if any(sorted(layers.values()) != widths for layers in by_layer):
+        return []  # layers differ in bytes
+    count = math.factorial(len(widths))
+    for width in set(widths):
+        count //= math.factorial(widths.count(width))
+    if count > MOST_PLANS:
+        return []
+    places = {layer: place for place, layer in enumerate(by_layer[0])}
+    return [
+        {name: arranged[places[layer_of(name)]] for name in random[0].bits} for arranged in _arrangements(tuple(widths))
+    ]
+
+
+def _arrangements(values: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """All different orders."""
+    if not values:
+        yield ()
+    for first in sorted(set(values)):
+        place = values.index(first)
+        for others in _arrangements(values[:place] + values[place + 1 :]):
+            yield (first, *others)
+
+
 def _evaluate_all(evaluator: "Evaluator", waiting: Sequence[dict[str, int]], journal: Journal, title: str) -> None:
     started = time.monotonic()
     for number, bits in enumerate(waiting, start=1):
@@ -352,6 +415,100 @@ def _evaluate_all(evaluator: "Evaluator", waiting: Sequence[dict[str, int]], jou
 # Statistics.
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One quantity of one plan, or of random's.
+
+    Attributes:
+        values: [n], or [seeds, n].
+        mean: over items (and seeds), per token of the completions for NLL and KL.
+        draws: [RESAMPLES] of the mean, over resampled items; where there are seeds, over resampled seeds as well.
+    """
+
+    values: Any
+    mean: float
+    draws: Any
+
+    @property
+    def is_binary(self) -> bool:
+        """Right or wrong, of one plan."""
+        return self.values.ndim == 1 and set(np.unique(self.values)) <= {0.0, 1.0}
+
+    def interval(self) -> tuple[float, float]:
+        """Wilson's where every item is right or wrong, else that of the draws."""
+        if self.is_binary:
+            return wilson_interval(int(self.values.sum()), len(self.values))
+        return _limits(self.draws)
+
+    def difference(self, other: "Measured") -> list[float]:
+        """[difference, low, high, p] of this minus another, paired over items.
+
+        Right against wrong: McNemar's exact test and Tango's interval. Else the bootstrap, where p is twice the smaller
+        share of the draws on one side of zero.
+        """
+        if self.is_binary and other.is_binary:
+            found = paired_difference(self.values, other.values)
+            return _rounded([found.mean, found.low, found.high, found.p_value])
+        draws = self.draws - other.draws
+        # +1: the sample at hand is one more draw, so no p-value is smaller than the resampling can show.
+        tail = min((draws <= 0).sum(), (draws >= 0).sum()) + 1
+        return _rounded([self.mean - other.mean, *_limits(draws), min(1.0, 2 * float(tail) / (len(draws) + 1))])
+
+
+class Bootstrap:
+    """Resampled test sets and seeds, the same for every plan of a task, so that draws of two plans are paired.
+
+    Args:
+        tokens: per test item's completion.
+        seeds: of random.
+        seed: of the resampling.
+    """
+
+    def __init__(self, tokens: Sequence[int], seeds: int, seed: int = 0) -> None:
+        generator = np.random.default_rng(seed)
+        n = len(tokens)
+        self._tokens = np.asarray(tokens, dtype=np.float64)
+        # [RESAMPLES, n] and [RESAMPLES, seeds]: how often each was drawn.
+        self._items = generator.multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64)
+        self._seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES).astype(np.float64)
+        self._drawn_tokens = self._items @ self._tokens
+
+    def measure(self, values: Any, name: str) -> Measured:
+        """Mean and draws of one quantity.
+
+        Args:
+            values: [n], summed over an item's tokens for NLL and KL; [seeds, n] for random.
+            name: of the quantity.
+        """
+        counts, drawn = self._tokens.sum(), self._drawn_tokens
+        if name == "metric":
+            counts, drawn = len(self._tokens), len(self._tokens)
+        if values.ndim == 1:
+            return Measured(values, float(values.sum() / counts), self._items @ values / drawn)
+        sums = np.einsum("ri,ri->r", self._seeds @ values / len(values), self._items)
+        return Measured(values, float(values.mean(0).sum() / counts), sums / drawn)
+
+
+def _summary(measured: Mapping[str, Measured]) -> Line:
+    """Per quantity [mean, low, high]."""
+    return {name: _rounded([one.mean, *one.interval()]) for name, one in measured.items()}
+
+
+def _compared(measured: Mapping[str, Measured], references: Mapping[str, Mapping[str, Measured]]) -> Line:
+    """`nll_to_random`: [difference, low, high, p] and so on; KL is already a distance to full precision."""
+    return {
+        f"{name}_to_{reference}": measured[name].difference(others[name])
+        for reference, others in references.items()
+        for name in QUANTITIES
+        if (reference, name) != ("full", "kl")
+    }
+
+
+def _limits(draws: Any) -> tuple[float, float]:
+    low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
 def make_lines(
     study: Study,
     task: "Task",
@@ -363,6 +520,11 @@ def make_lines(
 ) -> list[Line]:
     """One line per contender and budget, and one for full precision.
 
+    Every line has `QUANTITY_to_REFERENCE`, [difference, low, high, p], for each reference that it has: `full` and
+    `lowest` (uniform at the lowest bits), and among plans of its budget `random`, `all_random` (the exact expectation),
+    `edges`, `weight_error`, `layer` (of a plan per matrix: the same scorer's per layer, both by knapsack), `own` (of a
+    plan made for another task: the same scorer's for this one), `other_sign` (of taq with sign +1: with -1).
+
     Args:
         study: model and quantizer.
         task: names and metric.
@@ -372,37 +534,63 @@ def make_lines(
         lowest: the uniform plan at the lowest bits.
         tokens: per test item's completion.
     """
-    head = {"benchmark": "accuracy", "study": study.name, "task": task.name, "metric": task.metric}
-    references = {"full": _values(journal[full]), "lowest": _values(journal[lowest])}
-    lines = [
-        head | {"budget": None, "contender": "full precision", "n": len(tokens)} | _summary(references["full"], tokens)
-    ]
+    head = {"benchmark": "accuracy", "study": study.name, "task": task.name, "task_metric": task.metric}
+    statistics = Bootstrap(tokens, len(_of_random(planned, study.budgets[0])))
+
+    def stacked(plans: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+        return {name: np.array([getattr(journal[bits], name) for bits in plans], float) for name in QUANTITIES}
+
+    def measured(values: Mapping[str, Any]) -> dict[str, Measured]:
+        return {name: statistics.measure(values[name], name) for name in QUANTITIES}
+
+    def of_plan(bits: Mapping[str, int]) -> dict[str, Measured]:
+        return measured({name: values[0] for name, values in stacked([bits]).items()})
+
+    references = {"full": of_plan(full), "lowest": of_plan(lowest)}
+    lines = [head | {"budget": None, "contender": "full precision", "n": len(tokens)} | _summary(references["full"])]
     for budget in study.budgets:
-        of_budget = [one for one in planned if one.budget == budget]
-        random = [one for one in of_budget if one.contender.scorer == "random"]
-        seeds = [_values(journal[one.bits]) for one in random]
-        mean = {name: np.mean([values[name] for values in seeds], axis=0) for name in QUANTITIES}
-        compared = references | {"random": mean}
-        line = _describe(random[0].plan, None) | _summary(mean, tokens) | _compared(mean, references, tokens)
-        line["seeds"] = len(seeds)
+        named = head | {"budget": budget, "n": len(tokens)}
+        random = _of_random(planned, budget)
+        of_seeds = measured(stacked([one.bits for one in random]))
+        line = _describe(random[0].plan, None) | _summary(of_seeds) | _compared(of_seeds, references)
+        line["seeds"] = len(random)
         line["distinct_plans"] = len({_key(one.bits) for one in random})
-        line["over_seeds"] = {name: [_mean(values[name], name, tokens) for values in seeds] for name in QUANTITIES}
-        lines.append(head | {"budget": budget, "contender": "random", "n": len(tokens)} | line)
-        cache: dict[str, Line] = {}
-        for one in of_budget:
-            if one.contender.scorer == "random":
-                continue
-            key = _key(one.bits)
-            if key not in cache:
-                values = _values(journal[one.bits])
-                cache[key] = _summary(values, tokens) | _compared(values, compared, tokens)
-            line = _describe(one.plan, one.contender) | cache[key]
-            lines.append(head | {"budget": budget, "contender": one.contender.name, "n": len(tokens)} | line)
+        line["over_seeds"] = {
+            name: _rounded([statistics.measure(values, name).mean for values in of_seeds[name].values])
+            for name in QUANTITIES
+        }
+        lines.append(named | {"contender": "random"} | line)
+        compared = references | {"random": of_seeds}
+        every = all_of_random(random)
+        if every and all(bits in journal for bits in every):
+            exact = measured({name: values.mean(0) for name, values in stacked(every).items()})
+            line = _describe(random[0].plan, None) | _summary(exact) | _compared(exact, compared)
+            lines.append(named | {"contender": f"random, all {len(every)} plans", "plans": len(every)} | line)
+            compared |= {"all_random": exact}
+        others = [one for one in planned if one.budget == budget and one.contender.scorer != "random"]
+        found = {one.contender.name: of_plan(one.bits) for one in others}
+        for one in others:
+            rivals = {what: found[rival] for what, rival in rivals_of(one.contender).items() if rival in found}
+            own = found[one.contender.name]
+            line = _describe(one.plan, one.contender) | _summary(own) | _compared(own, compared | rivals)
+            lines.append(named | {"contender": one.contender.name} | line)
     return lines
 
 
-def _values(items: "Items") -> dict[str, Any]:
-    return {name: np.asarray(getattr(items, name)) for name in QUANTITIES}
+def rivals_of(contender: Contender) -> dict[str, str]:
+    """Names of the contenders at the same bytes that one is compared with, by what they are to it."""
+    rivals = {}
+    if contender.scorer != "edges":
+        rivals["edges"] = Contender("edges").name
+    if (contender.scorer, contender.allocation) != ("weight-error", "monotone"):
+        rivals["weight_error"] = Contender("weight-error").name
+    if contender.granularity == "module":
+        rivals["layer"] = replace(contender, granularity="layer").name
+    if contender.task:
+        rivals["own"] = replace(contender, task=None).name
+    if contender.settings.get("stability_sign") == 1:
+        rivals["other_sign"] = replace(contender, settings=contender.settings | {"stability_sign": -1}).name
+    return rivals
 
 
 def _describe(plan: "Plan", contender: Contender | None) -> Line:
@@ -430,37 +618,6 @@ def _bits_by_layer(plan: "Plan") -> str:
     return " ".join(bits[0] if len(set(bits)) == 1 else "".join(bits) for bits in layers.values())
 
 
-def _weights(name: str, tokens: Sequence[int]) -> Sequence[int] | None:
-    """NLL and KL are per token of the completions."""
-    return None if name == "metric" else tokens
-
-
-def _mean(values: Any, name: str, tokens: Sequence[int]) -> float:
-    return float(values.mean() if name == "metric" else values.sum() / sum(tokens))
-
-
-def _summary(values: Mapping[str, Any], tokens: Sequence[int]) -> Line:
-    summary = {}
-    for name in QUANTITIES:
-        if name == "metric" and set(np.unique(values[name])) <= {0.0, 1.0}:
-            low, high = wilson_interval(int(values[name].sum()), len(tokens))
-        else:
-            low, high = bootstrap_interval(values[name], _weights(name, tokens))
-        summary[name] = _rounded([_mean(values[name], name, tokens), low, high])
-    return summary
-
-
-def _compared(values: Mapping[str, Any], references: Mapping[str, Mapping[str, Any]], tokens: Sequence[int]) -> Line:
-    """`nll_to_random`: [difference, low, high, p] and so on; KL is already a distance to full precision."""
-    line = {}
-    for reference, others in references.items():
-        for name in QUANTITIES:
-            if (reference, name) != ("full", "kl"):
-                found = paired_difference(values[name], others[name], _weights(name, tokens))
-                line[f"{name}_to_{reference}"] = _rounded([found.mean, found.low, found.high, found.p_value])
-    return line
-
-
 def _rounded(values: Sequence[float]) -> list[float]:
     return [float(f"{value:.5g}") for value in values]
 
@@ -475,36 +632,108 @@ def better(line: Line, name: str, reference: str) -> int:
     return sign * (int(low > 0) - int(high < 0))
 
 
-def must_hold(lines: Sequence[Line]) -> list[str]:
-    """Sentences: who beats the mean of random, wherever uniform at the lowest bits loses.
+def verdicts(lines: Sequence[Line], name: str, reference: str) -> list[int]:
+    """As `better`, after Holm's correction for the lines given."""
+    corrected = holm([line[f"{name}_to_{reference}"][3] for line in lines])
+    return [
+        better(line, name, reference) if p < 1 - CONFIDENCE else 0 for line, p in zip(lines, corrected, strict=True)
+    ]
 
-    A star: also after Holm's correction for the number of contenders that could have.
+
+def must_hold(lines: Sequence[Line]) -> list[str]:
+    """Sentences: does `taqo`, `kl` or `loss` beat the mean of random, wherever uniform at the lowest bits loses?
+
+    Judged on the three plans by knapsack per layer, after Holm's correction for three. Their variants (other
+    allocations, granularities and settings) are listed after them, corrected for all variants.
     """
     sentences = []
     head = lines[0]
     menu = STUDIES[head["study"]].menu
     for task in _unique(line["task"] for line in lines):
+        losses = _uniform_losses(lines, task)
         for budget in _unique(line["budget"] for line in lines if line["budget"]):
             of_budget = [line for line in lines if (line["task"], line["budget"]) == (task, budget)]
             [random] = [line for line in of_budget if line["contender"] == "random"]
+            own = [line for line in of_budget if line.get("scorer") in PROOF and not line.get("scored_on")]
+            named = [line for line in own if is_named(line)]
+            variants = [line for line in own if not is_named(line)]
             parts = []
             for name in QUANTITIES:
-                if not _uniform_loses(lines, task, name):
+                if name not in losses:
                     parts.append(f"{name}: uniform {menu[0]}-bit does not lose")
                     continue
-                own = [line for line in of_budget if line.get("scorer") in PROOF and not line.get("scored_on")]
-                corrected = holm([line[f"{name}_to_random"][3] for line in own])
-                winners = [
-                    f"{line['contender']}{'*' if p < 1 - CONFIDENCE else ''}"
-                    for line, p in zip(own, corrected, strict=True)
-                    if better(line, name, "random") > 0
-                ]
-                parts.append(f"{name}: {'holds, ' + ', '.join(winners) if winners else 'DOES NOT HOLD'}")
+                winners = _winners(named, name)
+                text = f"holds, {', '.join(line['scorer'] for line in winners)}" if winners else "DOES NOT HOLD"
+                others = [line["contender"] for line in _winners(variants, name)]
+                if variants:
+                    listed = f": {', '.join(others)}" if others else ""
+                    text += f" ({len(others)} of {len(variants)} variants better{listed})"
+                parts.append(f"{name}: {text}")
+            exact = "".join(
+                f"; the exact mean, of all {line['plans']}, differs by {_shown(line, 'nll', 'random')} millinats of NLL"
+                for line in of_budget
+                if "plans" in line
+            )
             sentences.append(
                 f"{head['study']}, {task}, {budget} ({random['seeds']} random seeds, {random['distinct_plans']} plans"
-                f"): {'; '.join(parts)}"
+                f"{exact}): {'; '.join(parts)}"
             )
     return sentences
+
+
+def is_named(line: Line) -> bool:
+    """Whether a line is of a scorer's knapsack plan per layer, with the scorer's own settings."""
+    plain = set(line["settings"]) <= {"bits", "max_examples"}
+    return (line["allocation"], line["granularity"]) == ("knapsack", "layer") and plain and not line["scored_on"]
+
+
+def _winners(lines: Sequence[Line], name: str) -> list[Line]:
+    return [line for line, verdict in zip(lines, verdicts(lines, name, "random"), strict=True) if verdict > 0]
+
+
+def comparisons(lines: Sequence[Line], budget: str) -> list[str]:
+    """Sentences of one budget: plans per matrix against plans per layer, plans for other tasks against the task's own,
+    `taq` against random and its signs against each other. Each quantity of a sentence is corrected for its contenders.
+    """
+    sentences = []
+    for task in _unique(line["task"] for line in lines):
+        of_budget = [line for line in lines if (line["task"], line["budget"]) == (task, budget) and "scorer" in line]
+        taq = [line for line in of_budget if line["scorer"] == "taq"]
+        for title, reference, compared in (
+            ("per matrix against per layer, same scorer, knapsack", "layer", of_budget),
+            ("plans made for other tasks against the task's own, same scorer", "own", of_budget),
+            ("taq against random", "random", taq),
+            ("taq's stability sign +1 against -1", "other_sign", taq),
+        ):
+            found = [line for line in compared if f"nll_to_{reference}" in line]
+            if found:
+                told = "; ".join(_told(found, name, reference) for name in QUANTITIES)
+                sentences.append(f"{lines[0]['study']}, {task}, {budget}, {title}: {told}")
+    return sentences
+
+
+def _told(lines: Sequence[Line], name: str, reference: str) -> str:
+    """Who is better and who is worse than a reference, by how much."""
+    judged = verdicts(lines, name, reference)
+    parts = []
+    for verdict, word in ((1, "better"), (-1, "worse")):
+        shown = [
+            f"{line['contender']} {_shown(line, name, reference)}"
+            for line, found in zip(lines, judged, strict=True)
+            if found == verdict
+        ]
+        if shown:
+            parts.append(f"{word} {', '.join(shown)}")
+    if judged.count(0):
+        parts.append(f"{judged.count(0)} of {len(lines)} cannot be told")
+    return f"{name}: {', '.join(parts)}"
+
+
+def _shown(line: Line, name: str, reference: str) -> str:
+    """A difference with its interval: points of the metric, millinats of the others."""
+    digits, factor = (1, 100) if name == "metric" else (2, 1000)
+    difference, low, high, _ = (factor * value for value in line[f"{name}_to_{reference}"])
+    return f"{difference:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -518,11 +747,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _uniform_loses(lines: Sequence[Line], task: str, name: str) -> bool:
-    """The smallest uniform plan against full precision; KL is a distance to it and needs no difference."""
+def _uniform_losses(lines: Sequence[Line], task: str) -> list[str]:
+    """Quantities in which the smallest uniform plan loses to full precision.
+
+    KL is above zero for any change at all, so it counts only where the metric or the NLL loses.
+    """
     uniform = [line for line in lines if line["task"] == task and line.get("scorer") == "uniform"]
     lowest = min(uniform, key=lambda line: line["planned_bytes"])
-    return lowest["kl"][1] > 0 if name == "kl" else better(lowest, name, "full") < 0
+    lost = [name for name in ("metric", "nll") if better(lowest, name, "full") < 0]
+    return [*lost, "kl"] if lost else []
 
 
 def _unique(values: Any) -> list[Any]:
@@ -536,29 +769,40 @@ def render(lines: Sequence[Line], budget: str) -> "Table":
     tasks = _unique(line["task"] for line in lines)
     of_budget = [line for line in lines if line["budget"] == budget]
     [random] = [line for line in of_budget if line["contender"] == "random" and line["task"] == tasks[0]]
+    quantizer = STUDIES[lines[0]["study"]].quantizer
+    fitted = ", ranges fitted on inputs of the full-precision model" if quantizer == "clip" else ""
     table = Table(
-        title=f"{lines[0]['study']}, {budget}, n {random['n']} per task. Metric in % with its paired difference to "
-        "full precision; NLL and KL in millinats per answer token as differences to the mean of random, negative is "
-        "better. Bold: better than random, interval without zero; (-): worse; no mark: cannot be told"
+        title=f"{lines[0]['study']}{fitted}, {budget}, n {random['n']} per task. Metric in % with its paired "
+        "difference to full precision; NLL and KL in millinats per answer token as differences to the mean of random, "
+        "negative is better, their intervals over items and seeds. Bold: better than the mean of random after Holm's "
+        "correction for all contenders of the column; (-): worse; no mark: cannot be told. Uniform at the lowest bits "
+        "has fewer bytes"
     )
     table.add_column("contender")
     table.add_column("bits")
+    marks: dict[tuple[str, str, str], int] = {}
     for task in tasks:
         for column in ("metric", "NLL", "KL"):
             table.add_column(f"{task} {column}", justify="right")
-    for name in _unique(line["contender"] for line in of_budget):
-        rows = {line["task"]: line for line in of_budget if line["contender"] == name}
+        judged = [line for line in of_budget if line["task"] == task and "scorer" in line]
+        for name in QUANTITIES:
+            found = verdicts(judged, name, "random")
+            marks |= {(task, line["contender"], name): mark for line, mark in zip(judged, found, strict=True)}
+    for contender in _unique(line["contender"] for line in of_budget):
+        rows = {line["task"]: line for line in of_budget if line["contender"] == contender}
         bits = " / ".join(_unique(f"{rows[task]['average_bits']:.2f}" for task in tasks if task in rows))
-        cells = [cell for task in tasks for cell in _cells(rows.get(task), random is rows.get(task))]
-        table.add_row(name, bits, *cells)
+        cells = []
+        for task in tasks:
+            verdict = [marks.get((task, contender, name), 0) for name in QUANTITIES]
+            cells += _cells(rows.get(task), verdict)
+        table.add_row(contender, bits, *cells)
     return table
 
 
-def _cells(line: Line | None, is_random: bool) -> list[str]:
+def _cells(line: Line | None, verdict: Sequence[int]) -> list[str]:
+    """Of one task; the verdict is that of every quantity."""
     if line is None:
         return ["-"] * 3
-    difference, low, high, _ = (100 * value for value in line["metric_to_full"])
-    metric = f"{100 * line['metric'][0]:.1f} ({difference:+.1f} [{low:+.1f}, {high:+.1f}])"
     if line["contender"] == "random":
         spread = {name: line["over_seeds"][name] for name in QUANTITIES}
         low, high = (100 * bound(spread["metric"]) for bound in (min, max))
@@ -569,11 +813,9 @@ def _cells(line: Line | None, is_random: bool) -> list[str]:
                 for name in ("nll", "kl")
             ),
         ]
-    cells = [_marked(metric, better(line, "metric", "random"))]
-    for name in ("nll", "kl"):
-        difference, low, high, _ = (1e3 * value for value in line[f"{name}_to_random"])
-        cells.append(_marked(f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]", better(line, name, "random")))
-    return cells
+    metric = f"{100 * line['metric'][0]:.1f} ({_shown(line, 'metric', 'full')})"
+    shown = [metric, *(_shown(line, name, "random") for name in ("nll", "kl"))]
+    return [_marked(text, mark) for text, mark in zip(shown, verdict, strict=True)]
 
 
 def _marked(text: str, verdict: int) -> str:
@@ -592,8 +834,15 @@ def main() -> None:
     parser.add_argument("--table", nargs="+", choices=STUDIES, help="only print what these found")
     parser.add_argument("--work", type=Path, default=Path(".bench/accuracy"), help="kept for the next run")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
-    parser.add_argument("--items", type=int, help="only the first so many test items; nothing is written")
+    parser.add_argument(
+        "--items",
+        type=int,
+        help="only the first so many test items, to try: evaluations are kept in --work under names of their own, no "
+        "results file is written and no table printed",
+    )
     arguments = parser.parse_args()
+    if bool(arguments.studies) == bool(arguments.table):
+        parser.error(f"say which studies to run, or --table and which to print: {', '.join(STUDIES)}")
     from rich.console import Console
 
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that do the work
@@ -606,6 +855,9 @@ def main() -> None:
             console.print(render(lines, budget))
         for sentence in must_hold(lines):
             console.print(f"- {sentence}")
+        for budget in STUDIES[name].budgets:
+            for sentence in comparisons(lines, budget):
+                console.print(f"- {sentence}")
 
 
 def _run(studies: Sequence[Study], work: Path, jobs: int, items: int | None) -> None:

@@ -2,10 +2,11 @@
 
 AWQ (arXiv 2511.06516, section 4.1) is made by llm-compressor in an environment of its own: `AWQ` with the mixed
 math, trivia and code calibration pool, `AWQ-OT` with the task's own calibration set; 4 bits, asymmetric, groups of
-128, all linears but the head. Beside them stand plans of the same bytes, uniform 4 bits as `taq quantize` writes it by
-`--method rtn`, `clip` and `awq` (own and mixed calibration), and one with two layers at 8 bits by the `loss` scorer and
-the exact knapsack. Lab model, plain and conditioned (whose channel scales AWQ can undo: a win there proves nothing),
-500 test items per task, greedy.
+128, all linears but the head. Every quantizer that reads examples reads the first 128 of a task's 512 calibration
+examples, or the first 42 of each of the three tasks' (126). Beside them stand plans of the same bytes, uniform 4 bits
+as `taq quantize` writes it by `--method rtn`, `clip` and `awq` (own and mixed calibration), and, with more bytes and
+therefore compared with neither, one with two layers at 8 bits by the `loss` scorer and the exact knapsack. Lab model,
+plain and conditioned (whose channel scales AWQ can undo: a win there proves nothing), 500 test items per task, greedy.
 
     make peers-llmcompressor
     python -m benchmarks.accuracy_served                        # makes what is missing, evaluates, writes the lines
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 LINES = RESULTS / "accuracy-awq.jsonl"
 PEER_PYTHON = Path(".venv-llmcompressor/bin/python")
 EXAMPLES = 128
-"""Calibration examples of everyone; a mixed pool has a third of them from each task."""
+"""Calibration examples of every quantizer, of 512; a mixed pool has 42 from each task, 126 in all."""
 LOWEST, PLANNED = "4.16bits", "4.82bits"
 FULL = "full precision"
 
@@ -50,13 +51,15 @@ class Served:
         label: in the table.
         path: its folder.
         quantization: what vLLM is told; None for what the checkpoint says itself.
-        rival: the label of the baseline that it is compared with.
+        rival: the label of the baseline of the same bytes that it is compared with.
+        examples: for calibration; None for what reads none.
     """
 
     label: str
     path: Path
     quantization: str | None
     rival: str | None = None
+    examples: int | None = None
 
 
 def make_peers(model: Path, out: Path) -> None:
@@ -92,18 +95,19 @@ def make_ours(study: Study, files: "ModelFiles", task: str, work: Path) -> list[
     planned = allocate(files, scores_of(study, files, loss, task, work), Request(PLANNED, "knapsack"))
     made = []
 
-    def add(label: str, plan: "Plan", method: str, calibration: "Task", rival: str) -> None:
+    def add(label: str, plan: "Plan", method: str, calibration: "Task", rival: str | None) -> None:
         slug = label.replace(",", "").replace(" ", "-")
         # What does not read the task is the same for all.
         folder = work / "served" / study.model / ("any" if method == "rtn" or calibration is mixed else task) / slug
         quantize_model(files, plan, folder, Calibration(method=method, examples=EXAMPLES), calibration, device="cpu")
-        made.append(Served(label, folder, "taq", rival))
+        examples = None if method == "rtn" else min(EXAMPLES, len(calibration.calibration))
+        made.append(Served(label, folder, "taq", rival, examples))
 
     add("uniform 4-bit, rtn", uniform, "rtn", own, "AWQ-OT")
     add("uniform 4-bit, clip, own", uniform, "clip", own, "AWQ-OT")
     add("uniform 4-bit, awq, mixed", uniform, "awq", mixed, "AWQ")
     add("uniform 4-bit, awq, own", uniform, "awq", own, "AWQ-OT")
-    add("loss knapsack, awq, own", planned, "awq", own, "AWQ-OT")
+    add("loss knapsack, awq, own", planned, "awq", own, None)  # has more bytes than either
     return made
 
 
@@ -124,8 +128,10 @@ def run(model: str, work: Path, limit: int | None = None) -> list[Line]:
     make_peers(files.path, peers)
     results = work / f"served-{model}.jsonl"
     found: dict[tuple[str, str], Result] = {}
+    made: dict[str, Served] = {}
 
     def evaluate(served: Served, tasks: Sequence[str]) -> None:
+        made[served.label] = served
         with Engine(served.path, quantization=served.quantization, engine_args={"enforce_eager": True}) as engine:
             for task in tasks:
                 found[task, served.label], _ = engine.evaluate(
@@ -133,40 +139,40 @@ def run(model: str, work: Path, limit: int | None = None) -> list[Line]:
                 )
 
     evaluate(Served(FULL, files.path, None), TASKS)
-    evaluate(Served("AWQ", peers / "awq-mixed", None), TASKS)
-    rivals: dict[str, str] = {}
+    mixed = len(TASKS) * (EXAMPLES // len(TASKS))
+    evaluate(Served("AWQ", peers / "awq-mixed", None, None, mixed), TASKS)
     for task in TASKS:
-        evaluate(Served("AWQ-OT", peers / f"awq-ot-{task}", None), [task])
+        evaluate(Served("AWQ-OT", peers / f"awq-ot-{task}", None, None, EXAMPLES), [task])
         for served in make_ours(study, files, task, work):
             evaluate(served, [task])
-            rivals[served.label] = served.rival
-    lines = [_line(model, task, found, label, rivals) for task in TASKS for of, label in found if of == task]
+    lines = [_line(model, task, found, made[label]) for task in TASKS for of, label in found if of == task]
     lines += [_validation(study, files, task, found[task, "uniform 4-bit, rtn"], limit) for task in TASKS]
     stamp = provenance()
     return [line | stamp for line in lines]
 
 
-def _line(model: str, task: str, found: "dict[tuple[str, str], Result]", label: str, rivals: dict[str, str]) -> Line:
+def _line(model: str, task: str, found: "dict[tuple[str, str], Result]", served: Served) -> Line:
     from taq_vllm.evaluate import compare
 
-    result = found[task, label]
+    result = found[task, served.label]
     line = {
         "benchmark": "accuracy-awq",
         "model": model,
         "task": task,
-        "contender": label,
+        "contender": served.label,
+        "calibration_examples": served.examples,
         "metric": result.metric,
         "n": result.n,
         "mean": [result.mean, result.low, result.high],
         "answer_nll": [result.answer_nll, result.answer_nll_low, result.answer_nll_high],
         "weight_bytes": result.weight_bytes,
     }
-    references = {"full": FULL} | ({"rival": rivals[label]} if label in rivals else {})
+    references = {"full": FULL} | ({"rival": served.rival} if served.rival else {})
     for name, reference in references.items():
         for quantity in ("metric", "nll"):
             paired = compare(result, found[task, reference], quantity)
             line[f"{quantity}_to_{name}"] = [paired.mean, paired.low, paired.high, paired.p_value]
-    return line | {"rival": rivals.get(label)}
+    return line | {"rival": served.rival}
 
 
 def _validation(study: Study, files: "ModelFiles", task: str, served: "Result", limit: int | None) -> Line:
@@ -198,8 +204,8 @@ def render(lines: Sequence[Line]) -> "list[Table | str]":
     rows = [line for line in lines if line["benchmark"] == "accuracy-awq"]
     table = Table(
         title=f"served by vLLM, n {rows[0]['n']} per task, 95% intervals; paired differences, NLL in millinats per "
-        "answer token. Rival: AWQ for mixed calibration, AWQ-OT for the task's own. Bold: better than its rival, "
-        "interval without zero"
+        "answer token. Rival, of the same bytes: AWQ for mixed calibration, AWQ-OT for the task's own; the knapsack "
+        "plan has more bytes and none. Bold: better than its rival, interval without zero"
     )
     for column in ("model", "task", "contender", "metric, %", "to full", "to rival", "NLL", "NLL to rival", "MB"):
         table.add_column(column, justify="left" if column in ("model", "task", "contender") else "right")

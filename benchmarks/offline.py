@@ -10,7 +10,9 @@ Plans that agree on the first layers share them: the hidden states after every b
 changes a block before them, so plans are best asked for in the order of their first layers.
 
 For models whose blocks attend to everything before (no sliding windows). What is served runs in 16 bits, where ties
-and near-ties may fall differently: `benchmarks/accuracy.py --validate` compares with the real engine.
+and near-ties may fall differently: `benchmarks/accuracy_served.py` compares with the real engine. `clip` is fitted on
+inputs of the full-precision model, once per matrix and bitwidth, while `taq quantize` fits it on what the blocks before
+it give as they are quantized.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -86,7 +88,8 @@ class FakeQuantized:
     Args:
         files: the full-precision model.
         symmetric: per bitwidth.
-        importance: E[x_k^2] per matrix, for `clip`; None rounds to nearest (`rtn`).
+        importance: E[x_k^2] per matrix of the full-precision model's inputs, for `clip`; None rounds to nearest
+            (`rtn`).
     """
 
     def __init__(

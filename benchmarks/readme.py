@@ -109,13 +109,18 @@ def planning_table(lines: list[Line]) -> str:
 
 
 def accuracy_table(lines: list[Line]) -> str:
-    """One study of all scorers, at its middle budget, and what must hold at every budget."""
-    from benchmarks.accuracy import STUDIES, must_hold, render
+    """One study of all scorers and their comparisons at its middle budget, and what must hold at every budget."""
+    from benchmarks.accuracy import STUDIES, comparisons, must_hold, render
 
     study = STUDIES[lines[0]["study"]]
     title = f"**All scorers at equal bytes: {study.name}** (`python -m benchmarks.accuracy {study.name}`): "
-    holds = [f"- {sentence}" for sentence in must_hold(lines)]
-    others = f"All budgets: `python -m benchmarks.accuracy --table {study.name}`."
+    holds = [f"- {sentence}" for sentence in (*must_hold(lines), *comparisons(lines, study.budgets[1]))]
+    if study.quantizer == "clip":
+        holds.append(
+            "- `clip` here is fitted once per matrix, on inputs of the full-precision model; `taq quantize` fits it on "
+            "what the quantized blocks before it give."
+        )
+    others = f"All budgets, in tables and in sentences: `python -m benchmarks.accuracy --table {study.name}`."
     return "\n".join([title + _markdown(render(lines, study.budgets[1])), "", *holds, "", others])
 
 

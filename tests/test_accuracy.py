@@ -10,11 +10,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import accuracy
+from benchmarks import accuracy, accuracy_served, quantizers
 from benchmarks.accuracy import STUDIES, Contender, Journal, Planned, Study, make_lines, must_hold
 from benchmarks.offline import Evaluator, FakeQuantized, Items, input_energy
 from benchmarks.peers import make_awq_checkpoints
 from taq_vllm.allocate import Request, allocate
+from taq_vllm.metrics import bootstrap_interval, paired_difference
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import SYMMETRIC
 from taq_vllm.scoring import baseline
@@ -177,7 +178,8 @@ def _items(right, nll, seed):
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
-    """Uniform loses 20 points; `loss` is better than the random plans, `taqo` is as good, `kl` worse."""
+    """Uniform loses 20 points; `loss` is better than the random plans, `taqo` is as good, `kl` worse. Per matrix `loss`
+    is worse than per layer, its plan for another task worst; taq's sign +1 is better than -1."""
     study = Study("plain", "rtn", budgets=("5.0bits",))
     journal = Journal(tmp_path_factory.mktemp("lines") / "evaluations.jsonl", {"test": "here"})
     planned = []
@@ -196,9 +198,14 @@ def lines(tmp_path_factory):
     for seed in range(4):
         add(Contender("random", settings={"seed": seed}), seed, _items(160, 0.5 + 0.01 * seed, seed))
     lowest = add(Contender("uniform", "uniform"), -1, _items(150, 0.6, 5))
-    add(Contender("loss"), 4, _items(180, 0.3, 6))
-    add(Contender("taqo"), 5, _items(161, 0.515, 7))
-    add(Contender("kl"), 6, _items(140, 0.7, 8))
+    add(Contender("loss", "knapsack"), 4, _items(180, 0.3, 6))
+    add(Contender("taqo", "knapsack"), 5, _items(161, 0.515, 7))
+    add(Contender("kl", "knapsack"), 6, _items(140, 0.7, 8))
+    add(Contender("loss", "knapsack", "module"), 7, _items(170, 0.4, 9))
+    add(Contender("loss", "knapsack", task="code"), 8, _items(140, 0.6, 10))
+    add(Contender("taq", settings={"stability_sign": -1}), 9, _items(150, 0.55, 11))
+    add(Contender("taq", settings={"stability_sign": 1}), 10, _items(165, 0.45, 12))
+    add(Contender("edges"), 11, _items(150, 0.6, 13))
     task = SimpleNamespace(name="math", metric="math")
     return make_lines(study, task, planned, journal, full, lowest, [2] * N)
 
@@ -215,22 +222,54 @@ def test_lines_compare_with_the_mean_of_random_item_by_item(lines):
     # Two tokens an item: nats per token are half of the items' sums.
     assert random["nll"][0] == pytest.approx(0.515 / 2, abs=0.002)
     assert random["over_seeds"]["metric"] == [0.8] * 4
-    loss = _of(lines, "loss")
+    loss = _of(lines, "loss (knapsack)")
     assert loss["metric_to_random"][0] == pytest.approx(0.1)
     assert loss["metric_to_full"][0] == pytest.approx(-0.05)
     assert loss["metric_to_lowest"][0] == pytest.approx(0.15)
     for name in accuracy.QUANTITIES:
         assert accuracy.better(loss, name, "random") == 1
-        assert accuracy.better(_of(lines, "taqo"), name, "random") == 0
-        assert accuracy.better(_of(lines, "kl"), name, "random") == -1
+        assert accuracy.better(_of(lines, "taqo (knapsack)"), name, "random") == 0
+        assert accuracy.better(_of(lines, "kl (knapsack)"), name, "random") == -1
 
 
 def test_what_must_hold_names_the_winners_and_falls_without_them(lines):
     [sentence] = must_hold(lines)
-    assert sentence.count("holds, loss*") == 3
-    [sentence] = must_hold([line for line in lines if line["contender"] != "loss"])
-    assert sentence.count("DOES NOT HOLD") == 3
+    assert sentence.count("holds, loss (1 of 1 variants better: loss (knapsack, per matrix))") == 3
+    [sentence] = must_hold([line for line in lines if line["contender"] != "loss (knapsack)"])
+    # A variant that wins does not make it hold.
+    assert sentence.count("DOES NOT HOLD (1 of 1 variants better") == 3
     assert "taqo" not in sentence
+
+
+def test_what_wins_alone_may_not_win_among_three(lines):
+    """p 0.03 is below 0.05, and 0.09 is not."""
+    raw = {"nll_to_random": [-0.1, -0.2, -0.01, 0.03]}
+    changed = [line | raw if line["contender"] == "loss (knapsack)" else line for line in lines]
+    assert accuracy.better(_of(changed, "loss (knapsack)"), "nll", "random") == 1
+    [sentence] = must_hold(changed)
+    assert "nll: DOES NOT HOLD" in sentence
+    assert sentence.count("holds, loss") == 2
+
+
+def test_every_contender_is_compared_with_what_it_is_a_variant_of(lines):
+    per_matrix, foreign = _of(lines, "loss (knapsack, per matrix)"), _of(lines, "loss (knapsack, of code)")
+    assert per_matrix["metric_to_layer"][0] == pytest.approx(-0.05)
+    assert foreign["metric_to_own"][0] == pytest.approx(-0.2)
+    assert _of(lines, "taq (stability_sign 1)")["metric_to_other_sign"][0] == pytest.approx(0.075)
+    assert _of(lines, "kl (knapsack)")["metric_to_edges"][0] == pytest.approx(-0.05)
+    assert not [key for key in _of(lines, "kl (knapsack)") if key.endswith(("_layer", "_own", "_other_sign"))]
+
+
+def test_comparisons_say_who_is_better_by_how_much(lines):
+    per_matrix, others, taq, signs = accuracy.comparisons(lines, "5.0bits")
+    assert "per matrix against per layer" in per_matrix
+    assert "metric: worse loss (knapsack, per matrix) -5.0 [" in per_matrix
+    assert "metric: worse loss (knapsack, of code) -20.0 [" in others
+    assert "better taq (stability_sign 1)" in taq
+    assert "worse taq (stability_sign -1)" in taq
+    assert "metric: better taq (stability_sign 1) +7.5 [" in signs
+    same = [line | {"metric_to_layer": [0.0, -0.01, 0.01, 1.0]} for line in lines if "metric_to_layer" in line]
+    assert "metric: 1 of 1 cannot be told" in accuracy.comparisons(same, "5.0bits")[0]
 
 
 def test_holm_multiplies_the_smallest_p_by_the_number_of_tests_and_keeps_the_order():
@@ -239,10 +278,16 @@ def test_holm_multiplies_the_smallest_p_by_the_number_of_tests_and_keeps_the_ord
 
 
 def test_where_uniform_does_not_lose_nothing_must_hold(lines):
-    uniform = _of(lines, "uniform")
+    uniform = _of(lines, "uniform (the lowest bits)")
     changed = [line | {"metric_to_full": [-0.01, -0.03, 0.01, 0.4]} if line is uniform else line for line in lines]
     [sentence] = must_hold(changed)
     assert "metric: uniform 4-bit does not lose" in sentence
+    assert "kl: holds" in sentence  # the NLL loses
+    nothing = {"metric_to_full": [-0.01, -0.03, 0.01, 0.4], "nll_to_full": [0.01, -0.01, 0.03, 0.4]}
+    [sentence] = must_hold([line | nothing if line is uniform else line for line in lines])
+    # KL is above zero wherever anything changed: by itself it is no loss.
+    assert uniform["kl"][1] > 0
+    assert sentence.count("uniform 4-bit does not lose") == 3
 
 
 def test_the_table_shows_every_contender_and_marks_who_beats_random(lines):
@@ -250,11 +295,131 @@ def test_the_table_shows_every_contender_and_marks_who_beats_random(lines):
     console.print(accuracy.render(json.loads(json.dumps(lines)), "5.0bits"))
     text = console.export_text()
     rows = {row.split("│")[1].strip(): row for row in text.splitlines() if row.count("│") > 3}
-    assert {"random", "uniform", "loss", "taqo", "kl"} <= rows.keys()
-    assert rows["loss"].count("**") == 6
-    assert "**" not in rows["taqo"]
-    assert rows["kl"].count("(-)") == 3
+    knapsack = {name: rows[f"{name} (knapsack)"] for name in accuracy.PROOF}
+    assert {"random", "edges", "taq (stability_sign 1)"} <= rows.keys()
+    assert knapsack["loss"].count("**") == 6
+    assert "**" not in knapsack["taqo"]
+    assert knapsack["kl"].count("(-)") == 3
     assert "seeds 80.0 to 80.0" in rows["random"]
+
+
+def test_marks_of_the_table_are_corrected_for_its_contenders(lines):
+    judged = [line for line in lines if "scorer" in line]
+    few = 0.04 / len(judged)
+    for p, bold in ((few, True), (0.04, False)):
+        raw, equal = {"nll_to_random": [-0.1, -0.2, -0.01, p]}, {"nll_to_random": [0.0, -0.1, 0.1, 1.0]}
+        changed = [
+            line | (raw if line["contender"] == "taqo (knapsack)" else equal) if line in judged else line
+            for line in lines
+        ]
+        table = accuracy.render(changed, "5.0bits")
+        cells = {str(column.header): list(column.cells) for column in table.columns}
+        cell = cells["math NLL"][cells["contender"].index("taqo (knapsack)")]
+        assert cell.startswith("**") == bold
+
+
+def _bootstrap(n=300, seeds=20):
+    return accuracy.Bootstrap([1] * n, seeds)
+
+
+def test_one_level_is_the_bootstrap_over_items():
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(1, 9, 300)
+    one, other = rng.gamma(2.0, size=300), rng.gamma(2.1, size=300)
+    statistics = accuracy.Bootstrap(tokens, 20)
+    measured = statistics.measure(one, "nll")
+    expected = bootstrap_interval(one, tokens)
+    # Both have 9999 draws of their own: limits differ by a few percent of the interval's width.
+    assert measured.interval() == pytest.approx(expected, abs=0.05 * (expected.high - expected.low))
+    paired = paired_difference(one, other, tokens)
+    mean, low, high, p = measured.difference(statistics.measure(other, "nll"))
+    assert mean == pytest.approx(paired.mean, rel=1e-4)
+    assert (low, high) == pytest.approx((paired.low, paired.high), abs=0.05 * (paired.high - paired.low))
+    assert p == pytest.approx(paired.p_value, abs=0.03)
+
+
+@pytest.mark.parametrize(("of_seeds", "of_items"), [(0.3, 0.0), (0.0, 1.0), (0.1, 1.5), (0.3, 1.0)])
+def test_two_levels_hold_the_variance_of_seeds_and_of_items(of_seeds, of_items):
+    """Additive effects: the variance of the mean is s^2 / seeds + i^2 / items, which the draws must show."""
+    rng = np.random.default_rng(1)
+    seeds, n = 20, 300
+    effects = rng.permutation(np.linspace(-1, 1, seeds)), rng.permutation(np.linspace(-1, 1, n))
+    seed_effects, item_effects = (
+        size * each / each.std() for size, each in zip((of_seeds, of_items), effects, strict=True)
+    )
+    values = seed_effects[:, None] + item_effects[None]
+    measured = _bootstrap(n, seeds).measure(values, "nll")
+    # 9999 draws know a variance to 1.4%, four times which is 6%.
+    assert measured.draws.var() == pytest.approx(of_seeds**2 / seeds + of_items**2 / n, rel=0.06)
+    assert measured.mean == pytest.approx(0, abs=1e-9)
+
+
+def test_a_difference_that_every_item_shares_has_only_the_variance_of_seeds():
+    rng = np.random.default_rng(2)
+    items, seed_effects = rng.normal(0, 5, 300), np.linspace(-0.2, 0.2, 20)
+    statistics = _bootstrap()
+    random = statistics.measure(items + seed_effects[:, None], "nll")
+    one = statistics.measure(items - 0.03, "nll")
+    difference, low, high, p = one.difference(random)
+    assert difference == pytest.approx(-0.03)
+    spread = 1.96 * seed_effects.std() / 20**0.5
+    assert (low, high) == pytest.approx((-0.03 - spread, -0.03 + spread), abs=0.1 * spread)
+    assert p > 0.1  # 20 other seeds might have had a mean as low; resampling items alone would say p 0.0002
+
+
+def _planned_random(seeds, widths):
+    found = []
+    for seed in range(seeds):
+        order = np.random.default_rng(seed).permutation(widths)
+        bits = {f"model.layers.{layer}.mlp.{m}": int(b) for layer, b in enumerate(order) for m in ("up", "down")}
+        matrices = {name: SimpleNamespace(bits=b) for name, b in bits.items()}
+        plan = SimpleNamespace(matrices=matrices, budget=SimpleNamespace(planned_bytes=1, average_bits=4.5))
+        found.append(Planned(Contender("random", settings={"seed": seed}), "4.5bits", plan))
+    return found
+
+
+def test_all_plans_of_random_are_the_arrangements_where_there_are_few():
+    every = accuracy.all_of_random(_planned_random(20, [4] * 11 + [8]))
+    assert len({tuple(bits.values()) for bits in every}) == len(every) == 12
+    assert all(sorted(bits.values()) == [4] * 22 + [8] * 2 for bits in every)
+    assert all(bits["model.layers.3.mlp.up"] == bits["model.layers.3.mlp.down"] for bits in every)
+    assert {tuple(one.bits.values()) for one in _planned_random(20, [4] * 11 + [8])} <= {
+        tuple(bits.values()) for bits in every
+    }
+    assert accuracy.all_of_random(_planned_random(20, [4] * 10 + [8] * 2)) == []  # 66
+    assert accuracy.all_of_random(_planned_random(1, [4] * 7 + [8]) + _planned_random(1, [4] * 6 + [8] * 2)) == []
+
+
+def test_the_exact_mean_stands_beside_the_seeds_and_is_compared_with(tmp_path):
+    study = Study("plain", "rtn", budgets=("4.5bits",))
+    planned = _planned_random(5, [4] * 11 + [8])
+    journal = Journal(tmp_path / "evaluations.jsonl", {"test": "here"})
+    names = list(planned[0].bits)
+    full, lowest = dict.fromkeys(names, 16), dict.fromkeys(names, 4)
+    for place, bits in enumerate([full, lowest, *accuracy.all_of_random(planned)]):
+        journal.add(bits, _items(140 + place, 0.1 * place, place))
+    uniform = SimpleNamespace(
+        matrices={name: SimpleNamespace(bits=4) for name in names},
+        budget=SimpleNamespace(planned_bytes=0, average_bits=4.2),
+    )
+    planned.append(Planned(Contender("uniform", "uniform"), "4.5bits", uniform))
+    task = SimpleNamespace(name="math", metric="math")
+    made = make_lines(study, task, planned, journal, full, lowest, [1] * N)
+    exact = _of(made, "random, all 12 plans")
+    assert exact["plans"] == 12
+    assert exact["metric"][0] == pytest.approx(np.mean([142 + i for i in range(12)]) / N, rel=1e-4)
+    one = _of(made, "uniform (the lowest bits)")
+    assert one["metric_to_all_random"][0] == pytest.approx(141 / N - exact["metric"][0], rel=1e-3)
+    assert must_hold(made)[0].count("the exact mean, of all 12") == 1
+    assert "random, all 12 plans" in list(accuracy.render(made, "4.5bits").columns[0].cells)
+
+
+def test_without_studies_the_command_says_what_to_do(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["accuracy"])
+    with pytest.raises(SystemExit) as stopped:
+        accuracy.main()
+    assert stopped.value.code == 2
+    assert "conditioned-rtn" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_journal_finds_what_it_holds_and_drops_half_a_line(tmp_path):
@@ -279,11 +444,42 @@ def test_committed_lines_are_whole_and_small(study):
     assert {line["n"] for line in found} == {500}
     assert {line["task"] for line in found} == set(accuracy.TASKS)
     assert {line["seeds"] for line in found if line["contender"] == "random"} == {accuracy.SEEDS}
-    assert len(must_hold(found)) == len(accuracy.TASKS) * len(study.budgets)
+    sentences = must_hold(found)
+    assert len(sentences) == len(accuracy.TASKS) * len(study.budgets)
+    print("\n".join(sentences))
     for line in found:
-        assert {"commit", "processor", "versions", "time"} <= line.keys()
+        assert {"commit", "aggregated_commit", "evaluations", "processor", "versions", "time"} <= line.keys()
         if line["budget"]:
             assert line["average_bits"] <= float(line["budget"].removesuffix("bits"))
+
+
+def test_every_study_of_the_readme_has_lines_and_its_verdict_stands_there():
+    text = (accuracy.LAB.parents[1] / "README.md").read_text(encoding="utf-8")
+    shown = {name for name in STUDIES if f"benchmarks.accuracy {name}`" in text or f"accuracy-{name}.jsonl" in text}
+    for name in shown:
+        assert STUDIES[name].results.exists(), f"README.md shows {name}, which has no committed lines"
+        for sentence in must_hold(accuracy.read_lines(name)):
+            assert sentence in text
+
+
+def test_a_plan_of_more_bytes_has_no_rival_among_the_baselines(monkeypatch, tmp_path):
+    """Without quantizing: only labels, rivals and numbers of examples are looked at."""
+    monkeypatch.setattr("taq_vllm.checkpoint.quantize_model", lambda *arguments, **settings: None)
+    study = STUDIES["plain-rtn"]
+    monkeypatch.setattr(accuracy_served, "scores_of", lambda _, files, *__: baseline(files, "random", {"seed": 0}))
+    made = accuracy_served.make_ours(study, accuracy.model_of(study, tmp_path), "math", tmp_path)
+    found = {served.label: (served.rival, served.examples) for served in made}
+    assert found["loss knapsack, awq, own"] == (None, 128)
+    assert found["uniform 4-bit, awq, own"] == ("AWQ-OT", 128)
+    assert found["uniform 4-bit, awq, mixed"] == ("AWQ", 126)
+    assert found["uniform 4-bit, rtn"] == ("AWQ-OT", None)
+
+
+def test_a_quantizer_closes_half_by_estimate_and_by_its_interval():
+    line = {"closed": {"rtn": (0.0, 0.0, 0.0), "gptq": (0.49, 0.4, 0.6), "learned": (0.55, 0.48, 0.6)}}
+    assert quantizers.damage_holds(line) == {"gptq": (False, False), "learned": (True, False)}
+    line = {"closed": {"rtn": (0.0, 0.0, 0.0), "gptq": (0.6, 0.5, 0.7)}}
+    assert quantizers.damage_holds(line) == {"gptq": (True, True)}
 
 
 def test_awq_reads_equal_shares_of_every_task_or_the_task_alone():
@@ -294,3 +490,4 @@ def test_awq_reads_equal_shares_of_every_task_or_the_task_alone():
     assert mixed[20:] == own[:10]
     example: Example = load_task(tasks / "code").calibration[0]
     assert own[0] == example.prompt + example.completion
+    assert len(make_awq_checkpoints.texts_of("awq-mixed", tasks, 128)) == 126

@@ -3,8 +3,9 @@
     make peers-llmcompressor
     .venv-llmcompressor/bin/python benchmarks/peers/make_awq_checkpoints.py MODEL OUT_DIR --tasks TASKS_DIR
 
-`awq-mixed` reads equal shares of the calibration sets of math, trivia and code (arXiv 2511.06516, section 4.1, with as
-many examples as there are here), `awq-ot-TASK` those of the task alone, each completed by its reference answer.
+`awq-mixed` reads equal shares of the calibration sets of math, trivia and code (arXiv 2511.06516, section 4.1),
+`awq-ot-TASK` the task's alone, each example completed by its reference answer. By default that is the first 128 of a
+task's 512 examples, and for `awq-mixed` the first 42 of each task's, 126 in all.
 Weights have 4 bits, asymmetric, in groups of 128 (the preset W4A16_ASYM), every linear but the head, and AWQ's own
 defaults. What is written is compressed-tensors' pack-quantized format, which vLLM serves as it is. A folder appears
 under its name only when it is whole; one that is there is left as it is.
@@ -25,7 +26,7 @@ MOST_TOKENS = 512
 
 
 def texts_of(name: str, tasks_dir: Path, examples: int) -> list[str]:
-    """The calibration texts of one checkpoint: `examples` in all, equal shares of every task that it reads."""
+    """The calibration texts of one checkpoint: at most `examples`, as many of every task that it reads, the first."""
     tasks = TASKS if name == "awq-mixed" else (name.removeprefix("awq-ot-"),)
     texts = []
     for task in tasks:
@@ -76,7 +77,12 @@ def main() -> int:
     parser.add_argument(
         "--tasks", type=Path, default=Path("benchmarks/lab/tasks"), help="folder of the calibration sets"
     )
-    parser.add_argument("--examples", type=int, default=128, help="calibration examples of every checkpoint")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=128,
+        help="calibration examples of every checkpoint, of awq-mixed the whole part of a third per task",
+    )
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="some of the checkpoints")
     options = parser.parse_args()
     if not (options.model / "config.json").is_file():

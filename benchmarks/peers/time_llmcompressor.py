@@ -4,8 +4,9 @@
     .venv-llmcompressor/bin/python benchmarks/peers/time_llmcompressor.py METHOD MODEL TOKENS.json --bits 4
 
 METHOD is this project's name, and what is timed is its counterpart: every linear but the head, group 128, asymmetric,
-settings as llm-compressor has them (AutoRound without torch.compile, as on the other side). The model is loaded
-before the clock starts, nothing is saved. The last line of the output is JSON: seconds, CPU seconds, version.
+settings as llm-compressor has them (AutoRound without torch.compile and with as many iterations as `learned` has steps,
+as on the other side). The model is loaded before the clock starts, nothing is saved. The last line of the output is
+JSON: seconds, CPU seconds, version, AutoRound's iterations.
 """
 
 import argparse
@@ -26,7 +27,7 @@ BATCH = 8
 TOKENIZER = Path(__file__).parents[1] / "lab" / "model"
 
 
-def recipe_of(method: str, bits: int) -> list[Any]:
+def recipe_of(method: str, bits: int, iterations: int) -> list[Any]:
     """The modifiers that do what a method of this project does."""
     from llmcompressor.modifiers.autoround import AutoRoundModifier
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -40,7 +41,7 @@ def recipe_of(method: str, bits: int) -> list[Any]:
     if method == "awq":
         return [AWQModifier(), QuantizationModifier(**targets)]
     if method == "learned":
-        return [AutoRoundModifier(**targets, enable_torch_compile=False, batch_size=BATCH)]
+        return [AutoRoundModifier(**targets, enable_torch_compile=False, batch_size=BATCH, iters=iterations)]
     return [QuantizationModifier(**targets)]
 
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder of a local model")
     parser.add_argument("tokens", type=Path, help="JSON: a list of token id lists")
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--iterations", type=int, default=200, help="of AutoRound")
     parser.add_argument("--dtype", default="float32", help="of weights and activations")
     options = parser.parse_args()
 
@@ -67,7 +69,7 @@ def main() -> None:
     ids = json.loads(options.tokens.read_text())
     rows = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids])
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
-    recipe = recipe_of(options.method, options.bits)
+    recipe = recipe_of(options.method, options.bits, options.iterations)
     started, cpu_started = time.perf_counter(), time.process_time()
     if options.method in ("rtn", "clip"):
         oneshot(model=model, recipe=recipe, pipeline="datafree")
@@ -87,6 +89,7 @@ def main() -> None:
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu_started,
         "version": version("llmcompressor"),
+        "iterations": options.iterations if options.method == "learned" else None,
     }
     print(json.dumps(answer))
 
