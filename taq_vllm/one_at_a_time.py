@@ -23,7 +23,7 @@ from taq_vllm import journal
 from taq_vllm.distributed import world
 from taq_vllm.hidden_states import HiddenStates
 from taq_vllm.plan import GROUP_SIZE, STUDY_BITS, SYMMETRIC
-from taq_vllm.progress import steps
+from taq_vllm.progress import duration, steps
 from taq_vllm.quantizer import quantize
 from taq_vllm.scoring import Run
 from taq_vllm.stream import Batch, Head, StreamedModel, matrices_of, replace_weight
@@ -147,7 +147,7 @@ def walk(
         waiting = sum(map(len, by_layer.values()))
         progress.say(
             f"{description}: {waiting} of {len(run.units) * len(bits)} to do, {model.layers + walks} block runs, "
-            f"estimated time {_duration(block_s * (model.layers + walks) + read_s * (waiting + 1))}"
+            f"estimated time {duration(block_s * (model.layers + walks) + read_s * (waiting + 1))}"
         )
         for layer in range(model.layers):
             for unit, width in by_layer.get(layer, ()):
@@ -189,11 +189,6 @@ def _perturb(
         name = f"model.layers.{layer}.{inside}"
         if name in matrices and is_quantizable(matrix.in_features):
             replace_weight(matrix, perturb(name, matrix.weight.to(model.dtype), bits))
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{hours:.1f} h"
 
 
 def _finished(journal_file: Path) -> dict[Key, Values]:

@@ -28,6 +28,12 @@ def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]
         yield from progress.track(items, total=total, description=description)
 
 
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{hours:.1f} h"
+
+
 @contextmanager
 def steps(description: str, total: int) -> Iterator["Steps"]:
     """A bar that the caller advances, for work whose steps have different costs."""

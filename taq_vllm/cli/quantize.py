@@ -65,6 +65,8 @@ def quantize(
         estimate = None  # of memory and time, for which the examples are needed
         if examples_of or not method_named(method).READS_INPUTS:
             estimate = quantize_estimate(files, loaded, output, calibration, examples_of, on, limit)
+        if world()[0] > 0:
+            return
         if as_json:
             print_json(sizes(loaded) | {"estimate": estimate and estimate.record()})
             return

@@ -59,8 +59,10 @@ def score(
     files, chosen = ModelFiles(model), load_task(task) if task else None
     on, limit = start(device), memory_of(hidden_memory)
     if dry_run:
-        estimate = score_estimate(files, chosen, scorer, output, settings, on, granularity, head, limit, spill_folder)
-        print_json(estimate.record()) if as_json else out.print("\n".join(estimate.lines()))
+        asked = (files, chosen, scorer, output, settings, on, granularity, head, limit, spill_folder, force)
+        estimate = score_estimate(*asked)
+        if world()[0] == 0:
+            print_json(estimate.record()) if as_json else out.print("\n".join(estimate.lines()))
         return
     scores, fresh = run(files, chosen, scorer, output, settings, on, force, granularity, head, limit, spill_folder)
     if world()[0] > 0:
