@@ -2,11 +2,13 @@
 
 A random Llama of the asked size is written shard by shard. Then, each in a process of its own as a user would start
 them: `taq score` (taq, 64 prompts), `taq plan`, `taq quantize`, `taq verify`. Scoring is killed once with SIGKILL and
-quantizing twice, at random points, and each time the same command is run again. Resident memory is what the system
-measured of each process (`ru_maxrss` of the child, which is its VmHWM). It must stay below 6 GB.
+quantizing twice, at random points, and each time the same command is run again. A run that ends before its kill is an
+error. Resident memory is what the system measured of each process (`ru_maxrss` of the child): an upper bound, since
+what the process that started it held until the program was loaded counts as well. It must stay below 6 GB.
 
-Then the same is done with a twin (4 layers, a quarter of the width), and once more without kills: scores, plan and the
-sha256 of every file must be equal.
+Then the same is done with a twin (8 layers, a quarter of the width), and once more without kills: scores, plan and the
+sha256 of every file must be equal. The twin is always quantized by `clip`, whatever the large model is quantized by:
+rtn has no hidden states that a killed run must find again.
 
     python -m benchmarks.large --size 8b --out benchmarks/results/large-cpu.jsonl
     python -m benchmarks.large --table benchmarks/results/large-cpu.jsonl
@@ -19,6 +21,7 @@ result.
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -42,7 +45,8 @@ KILLS = (("score", 1), ("quantize", 2))
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 _TAQ = [sys.executable, "-c", "from taq_vllm.cli import main; main()"]
-_POLL_S = 0.05
+_TWIN_METHOD = "clip"
+_POLL_S = 0.002
 _ROWS_AT_ONCE = 8192  # of a random matrix
 
 
@@ -61,12 +65,12 @@ class Shape:
 
     @property
     def twin(self) -> "Shape":
-        """The same in small: 4 layers of a quarter of the width, and at most 32,000 tokens."""
+        """The same in small: 8 layers of a quarter of the width, and at most 32,000 tokens."""
         return replace(
             self,
             name=f"{self.name}-twin",
             hidden=self.hidden // 4,
-            layers=4,
+            layers=8,
             intermediate=self.intermediate // 4,
             vocabulary=min(self.vocabulary, 32000),
             heads=self.heads // 4,
@@ -161,20 +165,13 @@ def make_model(shape: Shape, folder: Path, seed: int = 0) -> Path:
         kinds = {name: (torch.bfloat16, size) for name, size in tensors.items()}
         write_tensors(partial, kinds, lambda name, tensors=tensors: random_tensor(name, tensors[name], seed))
         partial.rename(file)
-    size = sum(2 * _product(size) for tensors in shards for size in tensors.values())
+    size = sum(2 * math.prod(size) for tensors in shards for size in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     for name in _TOKENIZER_FILES:
         shutil.copy(LAB / "model" / name, folder / name)
     (folder / "config.json").write_text(json.dumps(config_of(shape), indent=1))
     return folder
-
-
-def _product(size: Sequence[int]) -> int:
-    product = 1
-    for side in size:
-        product *= side
-    return product
 
 
 # Running the steps.
@@ -207,15 +204,21 @@ def run_step(
         arguments: of `taq`.
         env: of its processes.
         blocks_done: tells how many blocks' work is on disk.
-        kill_at: at how many blocks each run but the last is killed, a moment later.
+        kill_at: at how many blocks each run but the last is killed, a moment later; but never before it has done one.
+
+    Raises:
+        RuntimeError: the command failed, or a run ended before it was killed.
     """
     step = Step(name, [], [], [])
     for attempt, kill in enumerate([*kill_at, None]):
+        done_before = blocks_done()
+        if kill is not None:
+            kill = max(kill, done_before + 1)
         print(f"{name}: run {attempt + 1}" + (f", killed from block {kill} on" if kill else ""), file=sys.stderr)
         started = time.monotonic()
         child = subprocess.Popen([*_TAQ, *arguments], env=env, stdout=subprocess.DEVNULL)
         if kill is not None:
-            _wait_for(child.pid, blocks_done, kill)
+            _wait_for(child.pid, blocks_done, done_before, kill)
             os.kill(child.pid, signal.SIGKILL)
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -223,20 +226,25 @@ def run_step(
             step.killed_after.append(blocks_done())
         elif child.returncode:
             raise RuntimeError(f"{name} failed with {child.returncode}: taq {' '.join(arguments)}")
+        elif kill is not None:
+            raise RuntimeError(
+                f"{name} ended before it was killed, at block {kill}: nothing is shown about killed runs; use a larger "
+                "model, or a machine with less other work"
+            )
         step.seconds.append(round(time.monotonic() - started, 2))
         step.peak_bytes.append(usage.ru_maxrss * 1024)
     return step
 
 
-def _wait_for(pid: int, blocks_done: Callable[[], int], kill: int) -> None:
+def _wait_for(pid: int, blocks_done: Callable[[], int], done_before: int, kill: int) -> None:
     """Until so many blocks are done, and then for a random part of the next one."""
-    begun = None
+    begun = None  # when this run's first block was done: what comes before it is not the time of a block
     while child_is_alive(pid) and (done := blocks_done()) < kill:
-        if begun is None and done:
+        if begun is None and done > done_before:
             begun = (time.monotonic(), done)
         time.sleep(_POLL_S)
     if begun is not None:
-        per_block = (time.monotonic() - begun[0]) / max(1, kill - begun[1])
+        per_block = (time.monotonic() - begun[0]) / (kill - begun[1])
         time.sleep(random.Random(kill).uniform(0, per_block))
 
 
@@ -257,14 +265,17 @@ def whole_way(
         method: of the quantizer.
         budget: of the plan.
         threads: that torch may use.
-        seed: of the points at which runs are killed; None: they are not.
+        seed: of the points at which runs are killed, in the first three quarters; None: they are not.
+
+    Raises:
+        RuntimeError: a command failed, or a run ended before it was killed.
     """
     drawn = random.Random(seed)
 
     def kills(step: str) -> list[int]:
         if seed is None:
             return []
-        return sorted(drawn.sample(range(1, shape.layers), dict(KILLS)[step]))
+        return sorted(drawn.sample(range(1, shape.layers * 3 // 4), dict(KILLS)[step]))
 
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     task = str(LAB / "tasks/math/task.yaml")
@@ -309,16 +320,36 @@ def run_in(work: Path) -> Path:
     return work
 
 
-def twin_is_equal(shape: Shape, work: Path, method: str, budget: str, threads: int, seed: int) -> list[str]:
-    """Names of what differs between an interrupted and an uninterrupted run."""
+def compare_twin(shape: Shape, work: Path, budget: str, threads: int, seed: int) -> dict[str, Any]:
+    """A killed run beside one that was not.
+
+    Args:
+        shape: of the twin.
+        work: a folder for its model and results.
+        budget: of the plan.
+        threads: that torch may use.
+        seed: of the points at which runs are killed.
+
+    Returns:
+        What the line says of it: `killed_after` by step, and `files_that_differ`.
+
+    Raises:
+        RuntimeError: a command failed, or a run ended before it was killed.
+    """
     model = make_model(shape, work / shape.name / "bf16")
-    found = []
+    found, steps = {}, {}
     for name, kill_seed in (("interrupted", seed), ("whole", None)):
         folder = run_in(work / shape.name / name)
-        whole_way(model, folder, shape, method, budget, threads, kill_seed)
-        found.append(digests(folder))
-    killed, whole = found
-    return sorted(name for name in killed.keys() | whole.keys() if killed.get(name) != whole.get(name))
+        steps[name] = whole_way(model, folder, shape, _TWIN_METHOD, budget, threads, kill_seed)
+        found[name] = digests(folder)
+    killed, whole = found["interrupted"], found["whole"]
+    return {
+        "model": shape.name,
+        "method": _TWIN_METHOD,
+        "killed_after": {step.name: step.killed_after for step in steps["interrupted"] if step.killed_after},
+        "files": len(whole),
+        "files_that_differ": sorted(n for n in killed.keys() | whole.keys() if killed.get(n) != whole.get(n)),
+    }
 
 
 def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -329,13 +360,13 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
     model = make_model(shape, arguments.work / shape.name / "bf16")
     folder = run_in(arguments.work / shape.name / "interrupted")
     steps = whole_way(model, folder, shape, *run, arguments.seed)
-    differs = twin_is_equal(shape.twin, arguments.work, *run, arguments.seed)
+    twin = compare_twin(shape.twin, arguments.work, arguments.budget, arguments.threads, arguments.seed)
     out = folder / "out"
     peak = max(max(step.peak_bytes) for step in steps)
     line = {
         "benchmark": "large",
         "model": shape.name,
-        "parameters": sum(_product(size) for tensors in shards_of(shape) for size in tensors.values()),
+        "parameters": sum(math.prod(size) for tensors in shards_of(shape) for size in tensors.values()),
         "model_bytes": _folder_bytes(model),
         "output_bytes": _folder_bytes(out),
         "prompts": PROMPTS,
@@ -349,7 +380,7 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
         "most_bytes": MOST_RESIDENT_BYTES,
         "memory_holds": peak <= MOST_RESIDENT_BYTES,
         "kills": sum(len(step.killed_after) for step in steps),
-        "twin": {"model": shape.twin.name, "files_that_differ": differs},
+        "twin": twin,
         "files": digests(folder),
         **provenance(),
     }
@@ -366,7 +397,10 @@ def render(lines: Sequence[dict[str, Any]]) -> Any:
     """The table of result lines."""
     from rich.table import Table
 
-    table = Table(title="models beyond memory: a process for every step, its resident memory as the system measured it")
+    table = Table(
+        title="random weights in a model's shapes, a process for every step, its peak resident memory in brackets; "
+        f"scores from {lines[0]['prompts']} prompts"
+    )
     for column in ("model", "GB", "quantizer", "out GB"):
         table.add_column(column, justify="right" if "GB" in column else "left")
     for step in ("score", "plan", "quantize", "verify"):
@@ -377,11 +411,7 @@ def render(lines: Sequence[dict[str, Any]]) -> Any:
         cells = []
         for step in line["steps"]:
             cells.append(f"{sum(step['seconds']):.0f} ({max(step['peak_bytes']) / 1e9:.2f})")
-        killed = "; ".join(
-            f"{step['name']} {', '.join(map(str, step['killed_after']))}"
-            for step in line["steps"]
-            if step["killed_after"]
-        )
+        killed = _killed({step["name"]: step["killed_after"] for step in line["steps"]})
         table.add_row(
             line["model"],
             f"{line['model_bytes'] / 1e9:.2f}",
@@ -390,10 +420,31 @@ def render(lines: Sequence[dict[str, Any]]) -> Any:
             *cells,
             killed,
             "yes" if line["memory_holds"] else "NO",
-            "NO: " + ", ".join(line["twin"]["files_that_differ"]) if line["twin"]["files_that_differ"] else "yes",
+            _twin(line["twin"]),
             f"{line['processor']}, {line['threads']}, {line['commit']}",
         )
     return table
+
+
+def _killed(after: dict[str, list[int]]) -> str:
+    return "; ".join(f"{step} {', '.join(map(str, blocks))}" for step, blocks in after.items() if blocks)
+
+
+def _twin(twin: dict[str, Any]) -> str:
+    if twin["files_that_differ"]:
+        return "NO: " + ", ".join(twin["files_that_differ"])
+    if "killed_after" not in twin:  # lines of before they were kept
+        return "yes (whether it was killed is not on record)"
+    return f"yes ({twin['method']}; killed after {_killed(twin['killed_after'])})"
+
+
+def add_line(file: Path, line: dict[str, Any]) -> list[dict[str, Any]]:
+    """All lines of a file of results with this one, which takes the place of one of the same model and method."""
+    lines = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
+    lines = [old for old in lines if (old["model"], old["method"]) != (line["model"], line["method"])] + [line]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    return lines
 
 
 def main() -> None:
@@ -414,17 +465,14 @@ def main() -> None:
 
     shape = SIZES[arguments.size]
     if arguments.twin:
-        run = (arguments.method, arguments.budget, arguments.threads, arguments.seed)
-        differs = twin_is_equal(shape.twin, arguments.work, *run)
-        print(f"{shape.twin.name}: {'differs in ' + ', '.join(differs) if differs else 'every file is equal'}")
-        sys.exit(bool(differs))
-    file = arguments.table or arguments.out
-    if not arguments.table:
-        line = measure(shape, arguments)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
-    Console(width=220).print(render([json.loads(line) for line in file.read_text().splitlines()]))
+        twin = compare_twin(shape.twin, arguments.work, arguments.budget, arguments.threads, arguments.seed)
+        print(f"{twin['model']}: every file equal: {_twin(twin)}")
+        sys.exit(bool(twin["files_that_differ"]))
+    if arguments.table:
+        lines = [json.loads(text) for text in arguments.table.read_text().splitlines()]
+    else:
+        lines = add_line(arguments.out, measure(shape, arguments))
+    Console(width=220).print(render(lines))
 
 
 if __name__ == "__main__":
