@@ -662,9 +662,13 @@ def must_hold(lines: Sequence[Line]) -> list[str]:
                 if name not in losses:
                     parts.append(f"{name}: uniform {menu[0]}-bit does not lose")
                     continue
-                winners = _winners(named, name)
-                text = f"holds, {', '.join(line['scorer'] for line in winners)}" if winners else "DOES NOT HOLD"
-                others = [line["contender"] for line in _winners(variants, name)]
+                winners = _winners(named, name, "random")
+                text = f"holds, {', '.join(winners)}" if winners else "DOES NOT HOLD"
+                if named and all(f"{name}_to_all_random" in line for line in named):
+                    beaten = _winners(named, name, "all_random")
+                    if beaten != winners:
+                        text += f", but the exact mean is beaten by {', '.join(beaten) or 'none'}"
+                others = _winners(variants, name, "random")
                 if variants:
                     listed = f": {', '.join(others)}" if others else ""
                     text += f" ({len(others)} of {len(variants)} variants better{listed})"
@@ -687,8 +691,9 @@ def is_named(line: Line) -> bool:
     return (line["allocation"], line["granularity"]) == ("knapsack", "layer") and plain and not line["scored_on"]
 
 
-def _winners(lines: Sequence[Line], name: str) -> list[Line]:
-    return [line for line, verdict in zip(lines, verdicts(lines, name, "random"), strict=True) if verdict > 0]
+def _winners(lines: Sequence[Line], name: str, reference: str) -> list[str]:
+    judged = verdicts(lines, name, reference)
+    return [line["contender"] for line, verdict in zip(lines, judged, strict=True) if verdict > 0]
 
 
 def comparisons(lines: Sequence[Line], budget: str) -> list[str]:
