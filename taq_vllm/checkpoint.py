@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial as bind
@@ -30,7 +30,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from taq_vllm import __version__
+from taq_vllm import __version__, journal
 from taq_vllm.distributed import first, share, total, world
 from taq_vllm.fitting import Block, method_named, settings_of
 from taq_vllm.general_text import GeneralText
@@ -95,6 +95,15 @@ class Calibration:
         if self.examples < 1:
             raise ValueError(f"got {self.examples} examples; {self.method} needs at least 1")
 
+    @property
+    def chains(self) -> int:
+        """Sets of hidden states that go from block to block: the full-precision model's own, where a method needs both.
+
+        0 for methods that read no inputs.
+        """
+        method = method_named(self.method)
+        return 0 if not method.READS_INPUTS else 2 if method.READS_OUTPUTS and self.inputs == "quantized" else 1
+
     def counts(self, task: Task | None) -> tuple[int, int]:
         """Examples of the task and of general text; the share holds where the task has fewer than asked for."""
         general = round(self.examples * self.mix_general)
@@ -138,14 +147,16 @@ def quantize_model(
     if finished:
         first(lambda: _remove_leftovers(output))
         return False
+    batches = calibration_batches(model, calibration, task)
+    needed = disk_bytes(model, plan, calibration, batches)
     with ExitStack() as held:
 
         def prepare() -> dict[str, str]:
             """Shards that an earlier run has left, by name."""
-            _check_free_space(output, plan, partial)
+            _check_free_space(output, needed, partial)
             held.enter_context(_alone_in(partial))
             _keep_only_work_of(partial, made_by)
-            return _Shards.finished(partial)
+            return Shards.finished(partial)
 
         def finish() -> None:
             for file in partial.glob(f"{_STATES}*"):
@@ -157,9 +168,10 @@ def quantize_model(
             _remove_leftovers(output)
 
         try:
-            shards = _Shards(partial, model.layers + 1, first(prepare))
+            shards = Shards(partial, model.layers + 1, first(prepare))
             if len(shards.done) <= model.layers:
-                _write_shards(model, plan, shards, calibration, task)
+                chains = write_blocks(model, plan, shards, calibration, batches)
+                shards.save(model.layers, _outside(model, plan, calibration, batches, chains))
             first(finish)
         except OSError as error:
             if error.errno != errno.ENOSPC or not partial.exists():
@@ -470,9 +482,31 @@ def _remove_leftovers(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def _check_free_space(output: Path, plan: Plan, partial: Path) -> None:
+def disk_bytes(model: StreamedModel, plan: Plan, calibration: Calibration, batches: Sequence[Batch]) -> int:
+    """Most that lies on the output's disk at once while a checkpoint is made, without headers and small files.
+
+    That is its tensors, the hidden states that are saved, and those beyond the walk's limit of memory; all processes'.
+    A chain of saved hidden states takes tokens (padding too) * d * bytes of the walk's dtype. All chains are saved
+    before the former ones are removed, so each is there twice.
+
+    Args:
+        model: to be quantized.
+        plan: bits per matrix.
+        calibration: how codes are found.
+        batches: of `calibration_batches`.
+    """
+    token_bytes = model.config.hidden_size * model.compute_dtype.itemsize
+    sizes = [batch.input_ids.numel() * token_bytes for batch in batches]
+    # Of one chain that takes its own place there are, for a moment, all batches and one of them anew.
+    held = sum(sizes) * (2 if calibration.inputs == "full" or calibration.chains > 1 else 1) + max(sizes, default=0)
+    saved = sum(sizes) * calibration.chains * 2
+    spilled = max(0, held - model.storage.limit_bytes)
+    return plan.budget.disk_bytes + int(total(torch.tensor(saved + spilled, dtype=torch.float64)))
+
+
+def _check_free_space(output: Path, needed: int, partial: Path) -> None:
     written = sum(file.stat().st_size for file in partial.iterdir()) if partial.exists() else 0
-    needed = plan.budget.disk_bytes + _HEADER_ALLOWANCE - written
+    needed += _HEADER_ALLOWANCE - written
     existing = next(folder for folder in output.absolute().parents if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -483,7 +517,7 @@ def _check_free_space(output: Path, plan: Plan, partial: Path) -> None:
         )
 
 
-class _Shards:
+class Shards:
     """The safetensors files of a checkpoint in the making: written whole, recorded, found again after a kill.
 
     Attributes:
@@ -491,50 +525,51 @@ class _Shards:
         done: sha256 of what is there, by file name.
     """
 
-    def __init__(self, folder: Path, count: int, done: dict[str, str]) -> None:
+    def __init__(self, folder: Path, count: int, done: dict[str, str] | None = None) -> None:
+        """Continue.
+
+        Args:
+            folder: that exists.
+            count: of all shards.
+            done: what `finished` found.
+        """
         self.folder = folder
-        self.done = done
+        self.done = done or {}
         self._count = count
 
     @staticmethod
     def finished(folder: Path) -> dict[str, str]:
         """sha256 of the files that are recorded and whole, by name."""
         done = {}
-        journal = folder / _JOURNAL
-        for line in journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else []:
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # cut off by a killed run: that block is written again
+        for entry in journal.read(folder / _JOURNAL):
             file = folder / entry["file"]
             if file.is_file() and _sha256(file) == entry["sha256"]:
                 done[entry["file"]] = entry["sha256"]
         return done
 
     def name(self, number: int) -> str:
+        """Of a shard's file, the first being 0."""
         return f"model-{number + 1:05d}-of-{self._count:05d}.safetensors"
 
     def load(self, number: int) -> dict[str, Tensor] | None:
         """The tensors of a shard that is already there."""
         return load_file(self.folder / self.name(number)) if self.name(number) in self.done else None
 
-    def save(self, number: int, tensors: Mapping[str, "_Lazy"]) -> None:
+    def save(self, number: int, tensors: Mapping[str, "Lazy"]) -> None:
         """Write a shard, one tensor in memory at a time, and record it."""
         self.done[self.name(number)] = first(lambda: self._write(self.name(number), tensors))
 
-    def _write(self, name: str, tensors: Mapping[str, "_Lazy"]) -> str:
+    def _write(self, name: str, tensors: Mapping[str, "Lazy"]) -> str:
         # Wide types first, as safetensors itself does: each tensor then begins at a multiple of its type's size.
         order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
         announced = {key: (tensors[key].dtype, tensors[key].shape) for key in order}
         digest = write_tensors(self.folder / name, announced, lambda key: tensors[key].read(), {"format": "pt"})
-        with (self.folder / _JOURNAL).open("a", encoding="utf-8") as stream:
-            # The leading newline ends a line that a killed run may have left open.
-            stream.write("\n" + json.dumps({"file": name, "sha256": digest}) + "\n")
+        journal.append(self.folder / _JOURNAL, {"file": name, "sha256": digest})
         return digest
 
 
 @dataclass(frozen=True)
-class _Lazy:
+class Lazy:
     """A tensor of a shard; what stays as it is in the model is read when it is written."""
 
     dtype: torch.dtype
@@ -542,7 +577,8 @@ class _Lazy:
     read: Callable[[], Tensor]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "_Lazy":
+    def of(cls, tensor: Tensor) -> "Lazy":
+        """One that is in memory."""
         return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
@@ -575,24 +611,65 @@ class _States:
             self._file(blocks - 1, chain).unlink(missing_ok=True)
 
 
-def _write_shards(
-    model: StreamedModel, plan: Plan, shards: _Shards, calibration: Calibration, task: Task | None
-) -> None:
-    """One shard per block, then one for everything outside the blocks."""
-    method = method_named(calibration.method)
-    fit = bind(method.fit_block, settings=settings_of(calibration.method, calibration.settings))
-    batches: list[Batch] = []
-    chains: list[HiddenStates] = []  # entering the next block; the full-precision model's second, where it is needed
-    ahead = 0
+def write_blocks(
+    model: StreamedModel, plan: Plan, shards: Shards, calibration: Calibration, batches: Sequence[Batch]
+) -> list[HiddenStates]:
+    """Write one shard per block, and the hidden states behind it for a run that continues.
+
+    Args:
+        model: to be quantized.
+        plan: bits per matrix.
+        shards: where; blocks that are there are not fitted again.
+        calibration: how codes are found.
+        batches: of `calibration_batches`.
+
+    Returns:
+        The chains of hidden states behind the last block.
+    """
     states = _States(model, shards.folder)
-    if method.READS_INPUTS:
-        batches = make_batches(_sequences(model, calibration, task), calibration.batch_size, calibration.max_tokens)
-        both = method.READS_OUTPUTS and calibration.inputs == "quantized"
-        resumed = states.load(2 if both else 1)
-        chains, ahead = resumed or ([model.embed(batches) for _ in range(2 if both else 1)], 0)
+    chains, ahead = (states.load(calibration.chains) if calibration.chains else None) or (None, 0)
+
+    def save(layer: int, tensors: Mapping[str, Tensor]) -> None:
+        shards.save(layer, {name: Lazy.of(tensor) for name, tensor in tensors.items()})
+
+    return fit_blocks(model, plan, calibration, batches, chains, ahead, shards.load, save, states.save)
+
+
+def fit_blocks(
+    model: StreamedModel,
+    plan: Plan,
+    calibration: Calibration,
+    batches: Sequence[Batch],
+    chains: list[HiddenStates] | None = None,
+    ahead: int = 0,
+    load: Callable[[int], Mapping[str, Tensor] | None] = lambda layer: None,
+    save: Callable[[int, Mapping[str, Tensor]], None] = lambda layer, tensors: None,
+    save_states: Callable[[list[HiddenStates], int], None] = lambda chains, blocks: None,
+) -> list[HiddenStates]:
+    """Walk over the blocks and find the codes of each.
+
+    Args:
+        model: to be quantized.
+        plan: bits per matrix; the head is not looked at.
+        calibration: how codes are found.
+        batches: of `calibration_batches`.
+        chains: hidden states to go on with; the embedding's if not given.
+        ahead: number of the blocks behind them, all of which `load` has.
+        load: a block's tensors if it need not be fitted; also what other processes than the first go on with when
+            the first has saved it.
+        save: is given a block's number and its tensors as they go to disk, by full name.
+        save_states: is given the chains behind a block, and the number of blocks that they have been through.
+
+    Returns:
+        The chains behind the last block; none for methods that read no inputs.
+    """
+    fit = _fit_of(calibration)
+    reads_outputs = method_named(calibration.method).READS_OUTPUTS
+    if chains is None:
+        chains = [model.embed(batches) for _ in range(calibration.chains)]
     for layer in track(range(model.layers), f"quantize: {calibration.method}", model.layers):
-        stored = shards.load(layer)
-        if stored is not None and (not batches or layer < ahead):
+        stored = load(layer)
+        if stored is not None and (not chains or layer < ahead):
             continue
         assert layer >= ahead, "hidden states of a block that is not written"
         prefix = f"model.layers.{layer}."
@@ -601,29 +678,40 @@ def _write_shards(
             run = bind(model.run, layer, module)
             block = Block(module, entries, bind(model.run_with_gradient, layer), model.dtype, batches)
             after = None
-            if batches:
+            if chains:
                 _check_weights(prefix, block)
                 if calibration.inputs == "full":
                     after = chains[0].map(run)
                 elif len(chains) > 1:
                     chains[1].replace(run)
                     after = chains[1]
-                target = after if method.READS_OUTPUTS else None
+                target = after if reads_outputs else None
                 block = Block(module, entries, block.apply, model.dtype, batches, chains[0], target)
             if stored is None:
                 tensors = _fitted_tensors(prefix, block, fit)
-                shards.save(layer, {name: _Lazy.of(tensor) for name, tensor in tensors.items()})
-                # Of several processes all go on with what the first has written.
-                stored = tensors if world()[0] == 0 else shards.load(layer)
-            if batches:
+                save(layer, tensors)
+                # Of several processes all go on with what the first has saved.
+                stored = tensors if world()[0] == 0 else load(layer)
+            if chains:
                 if calibration.inputs == "full":
                     chains[0] = after
                 else:
                     _put_back(prefix, module, stored, entries)
                     chains[0].replace(run)
-                states.save(chains, layer + 1)
-    if shards.name(model.layers) not in shards.done:
-        shards.save(model.layers, _outside(model, plan, fit, batches, chains))
+                save_states(chains, layer + 1)
+    return chains
+
+
+def _fit_of(calibration: Calibration) -> Callable[[Block], dict[str, Quantized]]:
+    settings = settings_of(calibration.method, calibration.settings)
+    return bind(method_named(calibration.method).fit_block, settings=settings)
+
+
+def calibration_batches(model: StreamedModel, calibration: Calibration, task: Task | None) -> list[Batch]:
+    """This process's share of the calibration set; empty for methods that read no inputs."""
+    if not calibration.chains:
+        return []
+    return make_batches(_sequences(model, calibration, task), calibration.batch_size, calibration.max_tokens)
 
 
 def _sequences(model: StreamedModel, calibration: Calibration, task: Task | None) -> list[Any]:
@@ -689,21 +777,22 @@ class _HeadRows(nn.Module):
 def _outside(
     model: StreamedModel,
     plan: Plan,
-    fit: Callable[[Block], dict[str, Quantized]],
-    batches: list[Batch],
-    chains: list[HiddenStates],
-) -> dict[str, _Lazy]:
+    calibration: Calibration,
+    batches: Sequence[Batch],
+    chains: Sequence[HiddenStates],
+) -> dict[str, Lazy]:
     """The tensors of the last shard: everything outside the blocks, the head as planned."""
     files = model.files
     head = plan.matrices.get(HEAD)
     names = [name for name in files.tensors if not name.startswith("model.layers.")]
-    tensors: dict[str, _Lazy] = {}
+    tensors: dict[str, Lazy] = {}
     if head is not None and head.bits < 16:
         names = [name for name in names if name != f"{HEAD}.weight"]
-        tensors = {name: _Lazy.of(tensor) for name, tensor in _head_tensors(model, head, fit, batches, chains).items()}
+        fitted = _head_tensors(model, head, _fit_of(calibration), batches, chains)
+        tensors = {name: Lazy.of(tensor) for name, tensor in fitted.items()}
     for name in names:
         shape = files.tensors[name].shape
-        tensors[name] = _Lazy(model.dtype, shape, lambda name=name: files.read(name).to(model.dtype))
+        tensors[name] = Lazy(model.dtype, shape, lambda name=name: files.read(name).to(model.dtype))
     return tensors
 
 
@@ -711,8 +800,8 @@ def _head_tensors(
     model: StreamedModel,
     head: MatrixPlan,
     fit: Callable[[Block], dict[str, Quantized]],
-    batches: list[Batch],
-    chains: list[HiddenStates],
+    batches: Sequence[Batch],
+    chains: Sequence[HiddenStates],
 ) -> dict[str, Tensor]:
     """The quantized head. Its rows do not depend on each other, so some are fitted at a time."""
     rows, columns = head.shape

@@ -142,13 +142,13 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(files, plan, ta
         "import taq_vllm.checkpoint as c\n"
         "from taq_vllm.plan import Plan\n"
         "from taq_vllm.tasks import load_task\n"
-        "save = c._Shards.save\n"
+        "save = c.Shards.save\n"
         "def kill_in_the_second(self, number, tensors):\n"
         "    if number == 1:\n"
         "        (self.folder / self.name(number)).write_bytes(b'half')\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    save(self, number, tensors)\n"
-        "c._Shards.save = kill_in_the_second\n"
+        "c.Shards.save = kill_in_the_second\n"
         "model, plan, output, task, method = sys.argv[1:]\n"
         "calibration = c.Calibration(method=method, examples=6, batch_size=3)\n"
         "c.quantize_model(c.ModelFiles(model), Plan.load(plan), Path(output), calibration, load_task(task))\n"
@@ -215,16 +215,16 @@ def test_clip_without_calibration_examples_says_what_to_add(files, plan, task, t
 
 
 def test_a_write_that_finds_the_disk_full_says_how_to_go_on(files, plan, tmp_path, monkeypatch):
-    from taq_vllm.checkpoint import _Shards
+    from taq_vllm.checkpoint import Shards
 
-    save = _Shards.save
+    save = Shards.save
 
     def full_at_the_second(self, number, tensors):
         if number == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
         save(self, number, tensors)
 
-    monkeypatch.setattr(_Shards, "save", full_at_the_second)
+    monkeypatch.setattr(Shards, "save", full_at_the_second)
     with pytest.raises(OSError, match=r"no space left .* run the same command again"):
         quantize_model(files, plan, tmp_path / "out", RTN)
     assert not (tmp_path / "out").exists()

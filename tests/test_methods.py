@@ -1,5 +1,7 @@
 import json
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +11,14 @@ from tiny_models import make_tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from taq_vllm.checkpoint import Calibration, _Shards, quantize_model, unpack, verify
+from taq_vllm.checkpoint import Calibration, Shards, quantize_model, unpack, verify
 from taq_vllm.fitting import Block, method_named, settings_of
 from taq_vllm.hidden_states import HiddenStates
 from taq_vllm.methods import METHODS, awq, clip, gptq, learned
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import Allocation, Budget, MatrixPlan, Plan
 from taq_vllm.quantizer import quantize, search_clip
+from taq_vllm.scoring import peak_memory_bytes
 from taq_vllm.stream import Batch, StreamedModel, make_batches, matrices_of
 from taq_vllm.tasks import TokenizedExample, load_task
 
@@ -89,6 +92,57 @@ def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse():
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(256, dtype=torch.float64)
     expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     assert torch.allclose(gptq.inverse_factor(hessian.clone(), 0.01), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [256, 384, 1280, 1281])  # one, two and several parts that are turned round
+def test_turning_and_transposing_in_place_are_what_they_are_called(size):
+    matrix = torch.arange(size * size, dtype=torch.float32).view(size, size)
+    turned, transposed = matrix.clone(), matrix.clone()
+    gptq._reverse(turned)
+    gptq._transpose(transposed)
+    assert torch.equal(turned, matrix.flip(0, 1))
+    assert torch.equal(transposed, matrix.T)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_factors_with_one_matrix_more_than_the_hessian(act_order):
+    size = 2048
+    part = torch.randn(size, 256, generator=torch.Generator().manual_seed(0))
+    hessian = part @ part.T
+    order = hessian.diagonal().argsort() if act_order else None
+    gptq.inverse_factor(hessian[:256, :256].clone(), 0.01)  # the libraries' own memory
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("this system does not let the peak of memory begin anew")
+    before = peak_memory_bytes()
+    factor = gptq.inverse_factor(hessian, 0.01, order)
+    # One, and the parts of 256 rows of 2048 that are moved: 3/8.
+    assert peak_memory_bytes() - before < 1.7 * hessian.nbytes
+    assert factor.data_ptr() == hessian.data_ptr()
+
+
+def test_awq_keeps_a_sample_of_the_inputs_and_not_the_inputs(monkeypatch):
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    weight, inputs = correlated()
+    block = block_of(weight, inputs, 4, False)
+    block = replace(block, batches=block.batches * 5, hidden=HiddenStates([block.hidden[0]] * 5))
+    observe, seen = Block.observe, []
+
+    def watched(self, names, function):
+        def show(name, inputs):
+            seen.append(StorageWeakRef(inputs.untyped_storage()))
+            assert sum(not storage.expired() for storage in seen) == 1
+            function(name, inputs)
+
+        observe(self, names, show)
+
+    monkeypatch.setattr(Block, "observe", watched)
+    samples, *_ = awq._look(block, block.groups(), most=100)
+    assert len(seen) == 5
+    assert len(samples["matrix"]) == 100
+    assert samples["matrix"].untyped_storage().nbytes() == 100 * 256 * 4
 
 
 def test_an_input_feature_that_no_token_has_does_not_stop_gptq():
@@ -310,7 +364,7 @@ def test_every_method_writes_what_verify_accepts_and_resumes_with_the_same_bytes
 
     assert quantized(tmp_path / "whole") is True
     assert verify(tmp_path / "whole").plan == plan
-    save = _Shards.save
+    save = Shards.save
     for stop in (1, 3):  # in a block, and in the last shard, which holds the head
 
         def interrupted(self, number, tensors, stop=stop):
@@ -318,7 +372,7 @@ def test_every_method_writes_what_verify_accepts_and_resumes_with_the_same_bytes
                 raise KeyboardInterrupt
             save(self, number, tensors)
 
-        monkeypatch.setattr(_Shards, "save", interrupted)
+        monkeypatch.setattr(Shards, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             quantized(tmp_path / "out")
     monkeypatch.undo()
@@ -334,14 +388,14 @@ def test_hidden_states_are_found_again_and_blocks_before_them_not_run(uneven, ta
     files = uneven("qwen3")
     plan = plan_of(files, mixed)
     calibration = Calibration("learned", {"steps": 2}, examples=6, batch_size=3)
-    save = _Shards.save
+    save = Shards.save
 
     def interrupted(self, number, tensors):
         if number == 2:
             raise KeyboardInterrupt
         save(self, number, tensors)
 
-    monkeypatch.setattr(_Shards, "save", interrupted)
+    monkeypatch.setattr(Shards, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize_model(files, plan, tmp_path / "out", calibration, task)
     monkeypatch.undo()
