@@ -272,12 +272,12 @@ def measure_time(methods: Sequence[str], repeats: int, work: Path, shape: Shape)
         shape: of it.
     """
     from benchmarks.provenance import provenance
-    from taq_vllm.fitting import method_named, settings_of
+    from taq_vllm.fitting import settings_of
 
     folder = str(make_model(shape, work))
     prompts = make_prompts(SEQUENCES, TOKENS, shape.vocabulary, seed=0)
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    steps = settings_of(method_named("learned"), {}).steps
+    steps = settings_of("learned", {}).steps
     spec = work / "quantizers-tokens.json"
     spec.write_text(json.dumps(prompts))
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
