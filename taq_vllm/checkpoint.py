@@ -206,6 +206,8 @@ def check_request(
         raise ValueError(
             f"method {calibration.method!r} fits on a task's inputs: give --task, or use --method rtn, which reads none"
         )
+    if calibration.general is not None and task is not None:
+        calibration.general.check_apart(task)
     made_by = _made_by(model, plan, calibration, task)
 
     def finished() -> bool:

@@ -85,11 +85,12 @@ def gather(values: Tensor) -> Tensor:
     """One value per example of `share` on every process to one value per example, in the examples' order.
 
     Args:
-        values: [local examples, ...], on any device.
+        values: [local examples, ...], on any device; so is what comes back.
     """
     _, size = world()
     if size == 1:
         return values
+    home, values = values.device, values.to(exchanging_device(values.device))
     counts = [torch.zeros(1, dtype=torch.long, device=values.device) for _ in range(size)]
     distributed.all_gather(counts, torch.tensor([len(values)], device=values.device))
     longest = max(int(count) for count in counts)
@@ -100,16 +101,28 @@ def gather(values: Tensor) -> Tensor:
     together = values.new_empty(sum(int(count) for count in counts), *values.shape[1:])
     for place, (part, count) in enumerate(zip(parts, counts, strict=True)):
         together[place::size] = part[: int(count)]
-    return together
+    return together.to(home)
 
 
 def total(values: Tensor) -> Tensor:
     """The sum over processes of a tensor that every process has."""
     if world()[1] == 1:
         return values
-    values = values.clone()
-    distributed.all_reduce(values)
-    return values
+    summed = values.to(exchanging_device(values.device), copy=True)
+    distributed.all_reduce(summed)
+    return summed.to(values.device)
+
+
+def exchanging_device(device: torch.device) -> torch.device:
+    """Where a tensor of a device has to be to be exchanged: there, if the processes' backend can.
+
+    `start` joins processes for both kinds of device; whoever else did may have joined them with NCCL alone, which
+    exchanges what is on each process's own GPU only.
+    """
+    able = {part.partition(":")[0] for part in distributed.get_backend_config().split(",")}
+    if device.type in able:
+        return device
+    return torch.device("cuda", torch.cuda.current_device()) if "cuda" in able else torch.device("cpu")
 
 
 def first(function: Callable[[], Result]) -> Result:

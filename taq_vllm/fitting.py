@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from taq_vllm import methods
@@ -21,6 +20,7 @@ from taq_vllm.distributed import total
 from taq_vllm.hidden_states import HiddenStates
 from taq_vllm.methods import METHODS
 from taq_vllm.plan import MatrixPlan
+from taq_vllm.settings import settings_from
 from taq_vllm.stream import Batch, matrices_of
 
 
@@ -171,13 +171,4 @@ def settings_of(method: str, settings: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: no such method or setting, or a value that is not allowed.
     """
-    module = method_named(method)
-    try:
-        return module.Settings(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "settings"
-        allowed = ", ".join(module.Settings.model_fields) or "none"
-        raise ValueError(
-            f"method {method}, {where}: got {first['input']!r}: {first['msg']}; its settings are {allowed}"
-        ) from error
+    return settings_from(method_named(method), f"method {method}", settings)

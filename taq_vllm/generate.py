@@ -11,7 +11,6 @@ any server that batches.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 
 from taq_vllm.distributed import gather, share, total
 from taq_vllm.evaluate import judge
-from taq_vllm.one_at_a_time import Rounding, is_quantizable
+from taq_vllm.memory import available_bytes
+from taq_vllm.rounding import Rounding, is_quantizable
 from taq_vllm.sandbox import require_permission
 from taq_vllm.scoring import Run
-
-_LOGIT_ROWS = 2048
+from taq_vllm.stream import Head
 
 Stop = Callable[[list[int]], bool]
 """Whether an output so far is over, for other reasons than an end token or its length."""
@@ -143,6 +142,7 @@ def _first_differences(
     """Where each reference first is not the most likely token, and which token is; None where it always is."""
     device = next(model.parameters()).device
     differences: list[tuple[int, int] | None] = [None] * len(prompts)
+    rows_at_once = Head(model.model.norm, model.lm_head.weight).rows_at_once
     sequences = [[*prompt, *reference] for prompt, reference in zip(prompts, references, strict=True)]
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     for start in range(0, len(order), batch_size):
@@ -154,7 +154,9 @@ def _first_differences(
         for row, i in enumerate(batch):
             states = hidden[row, len(prompts[i]) - 1 : len(sequences[i]) - 1]
             chosen = [
-                token for rows in states.split(_LOGIT_ROWS) for token in model.lm_head(rows).float().argmax(-1).tolist()
+                token
+                for rows in states.split(rows_at_once)
+                for token in model.lm_head(rows).float().argmax(-1).tolist()
             ]
             differences[i] = next(
                 (
@@ -276,7 +278,7 @@ def _check_fits(run: Run) -> None:
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = available_bytes()
     if needed > free:
         raise ValueError(
             f"generating keeps the whole model in memory: {run.files.id} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} "

@@ -8,7 +8,8 @@ harness's; the metric is this project's nearest, so a value may differ from the 
 
 Calibration examples are the training documents (else the validation documents, where there are test documents), the
 first 1024; test examples are the test documents, else the validation documents. Few-shot examples are the first of the
-harness's few-shot documents (the harness draws them anew for every item) and are missing in the calibration set.
+harness's few-shot documents (the harness draws them anew for every item) and are missing in the calibration set and
+in the test set, which `tasks.py` warns of.
 Optional: needs `pip install lm-eval` and the task's data, on disk or from the Hugging Face hub.
 """
 

@@ -13,7 +13,7 @@ whole line and then repeats only the walk of the full model.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,72 +22,14 @@ from torch import Tensor, nn
 from taq_vllm import journal
 from taq_vllm.distributed import world
 from taq_vllm.hidden_states import HiddenStates
-from taq_vllm.plan import GROUP_SIZE, STUDY_BITS, SYMMETRIC
 from taq_vllm.progress import duration, steps
-from taq_vllm.quantizer import quantize
+from taq_vllm.rounding import is_quantizable
 from taq_vllm.scoring import Run
 from taq_vllm.stream import Batch, Head, StreamedModel, matrices_of, replace_weight
 from taq_vllm.units import HEAD, layer_of
 
 Values = dict[str, Tensor]
 """By name, one float64 per calibration example."""
-
-LOWER_BITS = STUDY_BITS[:-1]
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """Weights rounded to nearest.
-
-    Attributes:
-        symmetric: None for what plans do at each bitwidth (`plan.SYMMETRIC`).
-    """
-
-    symmetric: bool | None = None
-
-    def __call__(self, name: str, weight: Tensor, bits: int) -> Tensor:
-        """The matrix `name` as `bits` would store it: [N, K] to [N, K]."""
-        return quantize(weight, bits, self.is_symmetric(bits)).dequantize()
-
-    def is_symmetric(self, bits: int) -> bool:
-        """Whether codes of so many bits have no zero point."""
-        return SYMMETRIC[bits] if self.symmetric is None else self.symmetric
-
-
-def is_quantizable(in_features: int) -> bool:
-    """Whether groups divide a matrix; others stay as they are at every bitwidth."""
-    return in_features % GROUP_SIZE == 0
-
-
-def check_bits(bits: Sequence[int]) -> tuple[int, ...]:
-    """A scorer's bitwidths, ascending.
-
-    Raises:
-        ValueError: none, one twice, or one that is not below 16.
-    """
-    if not bits or len(set(bits)) < len(bits) or not set(bits) <= set(LOWER_BITS):
-        raise ValueError(f"got bits {list(bits)}; needs one or more of {', '.join(map(str, LOWER_BITS))}, each once")
-    return tuple(sorted(bits))
-
-
-def mean_and_stderr(values: Tensor) -> tuple[float, float]:
-    """Over examples [n]: the mean and its standard error."""
-    return values.mean().item(), (values.std(unbiased=True) / len(values) ** 0.5).item()
-
-
-def check_logits(logits: Tensor) -> Tensor:
-    """The logits themselves.
-
-    Raises:
-        ValueError: one of them is not finite.
-    """
-    if not torch.isfinite(logits).all():
-        raise ValueError(
-            f"{HEAD} gives logits that are not finite: the final norm or the head of this model is damaged, or its "
-            "dtype overflows on this task; check the checkpoint, or use one in bfloat16"
-        )
-    return logits
-
 
 Key = tuple[str, int]
 """(unit, bits)"""

@@ -42,7 +42,8 @@ class Format:
         template: prompt; {question} is the item's text and {tests} its tests, one a line.
         completion: of a plain prompt; {completion} is the item's own.
         closing: ends a completion after `template`, and only there.
-        stop: strings that end an output of a plain prompt; a chat model ends its turns itself.
+        stop: strings that end an output of a plain prompt, the first of them a completion; a chat model ends its
+            turns itself.
         chat_template: prompt as a user message.
         chat_completion: the assistant's reply.
         max_new_tokens: longest output.

@@ -10,8 +10,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from taq_vllm import __version__
 from taq_vllm.plan import ModelRef, ScorerRef, TaskRef, write_atomically
 from taq_vllm.units import Granularity
+
+MADE_BY = f"taq-vllm {__version__}"
+_FIRST_VERSION = "taq-vllm 0.1.0"
 
 
 class _Record(BaseModel):
@@ -53,6 +57,8 @@ class Scores(_Record):
     seconds: float
     peak_memory_bytes: int
     """Highest resident memory of the process until then, libraries included; a GPU's memory is not in it."""
+    made_by: str = _FIRST_VERSION
+    """Package and version: another one may score otherwise, and does not answer from this file."""
 
     @property
     def ranking(self) -> list[str]:

@@ -11,13 +11,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from taq_vllm import distributed, scorers
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import ScorerRef, TaskRef
 from taq_vllm.scorers import SCORERS
-from taq_vllm.scores import Scores
+from taq_vllm.scores import MADE_BY, Scores
+from taq_vllm.settings import settings_from
 from taq_vllm.stream import HIDDEN_LIMIT_BYTES, StreamedModel
 from taq_vllm.tasks import Task, TokenizedExample, require_labels, tokenize
 from taq_vllm.units import Granularity, units_of
@@ -81,7 +80,7 @@ def score(
         spill_folder: on whose disk these files are; the output's folder if not given.
 
     Returns:
-        The scores, and whether they were made now (False: they were there already).
+        The scores, and whether they were made now (False: they were there already, made by this version).
 
     Raises:
         ValueError: no such scorer or setting, one that cannot do what is asked, or examples that do not fit the model.
@@ -114,6 +113,7 @@ def score(
             units=found,
             seconds=time.monotonic() - started,
             peak_memory_bytes=peak_memory_bytes(),
+            made_by=MADE_BY,
         )
         scores.save(output)
         return scores
@@ -161,7 +161,7 @@ def check_request(
 ) -> Asked:
     """Check a request for scores before anything runs; arguments and errors are those of `score`."""
     module = _module(scorer)
-    chosen = _settings_of(module, scorer, settings or {})
+    chosen = settings_from(module, f"scorer {scorer}", settings or {})
     if granularity not in module.GRANULARITIES:
         raise ValueError(
             f"scorer {scorer} scores {', '.join(module.GRANULARITIES)}, got granularity {granularity!r}; "
@@ -184,6 +184,7 @@ def check_request(
         "settings": chosen.model_dump(mode="json"),
         "granularity": granularity,
         "head": head,
+        "made_by": MADE_BY,
     }
     finished = distributed.first(lambda: _finished(output, request, force))
     return Asked(module, chosen, task, task_ref, examples, request, finished)
@@ -194,9 +195,10 @@ def _finished(output: Path, request: dict[str, Any], force: bool) -> Scores | No
     if not output.is_file():
         return None
     previous = Scores.load(output)
-    if _request_of(previous) == request:
+    made = _request_of(previous)
+    if made == request:
         return previous
-    if force:
+    if force or made | {"made_by": MADE_BY} == request:
         return None
     name = previous.task.name if previous.task else "no task"
     raise ValueError(
@@ -227,7 +229,7 @@ def baseline(
         ValueError: no such scorer or setting, or a scorer that reads examples.
     """
     module = _module(scorer)
-    chosen = _settings_of(module, scorer, settings or {})
+    chosen = settings_from(module, f"scorer {scorer}", settings or {})
     if module.READS != "weights":
         raise ValueError(f"scorer {scorer} reads a task's {module.READS}; use `score`")
     started = time.monotonic()
@@ -242,6 +244,7 @@ def baseline(
         units=tuple(module.score_units(run, chosen)),
         seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory_bytes(),
+        made_by=MADE_BY,
     )
 
 
@@ -282,16 +285,6 @@ def _module(scorer: str) -> ModuleType:
     return importlib.import_module(f"{scorers.__name__}.{scorer.replace('-', '_')}")
 
 
-def _settings_of(module: ModuleType, scorer: str, settings: dict[str, Any]) -> Any:
-    try:
-        return module.Settings(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "settings"
-        allowed = ", ".join(module.Settings.model_fields) or "none"
-        raise ValueError(f"scorer {scorer}, {where}: {first['msg']}; its settings are {allowed}") from error
-
-
 def _examples(task: Task | None, scorer: str, reads: str, most: int | None) -> tuple[TaskRef, int]:
     """Which examples are read."""
     if task is None:
@@ -313,4 +306,5 @@ def _request_of(scores: Scores) -> dict[str, Any]:
         "settings": scores.scorer.settings,
         "granularity": scores.granularity,
         "head": any(entry.unit == "lm_head" for entry in scores.units),
+        "made_by": scores.made_by,
     }

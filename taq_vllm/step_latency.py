@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from taq_vllm.budget import Latencies, Shapes, step_rest_us
+from taq_vllm.memory import available_share
 from taq_vllm.model_files import ModelFiles
 
 PROMPT_TOKENS = 8
@@ -100,8 +101,8 @@ def rest_of(step: Step, latencies: Latencies, files: ModelFiles) -> float:
 
 
 def free_memory() -> float:
-    """Of this machine's memory: vLLM refuses to start on a CPU with more than that."""
-    return os.sysconf("SC_AVPHYS_PAGES") / os.sysconf("SC_PHYS_PAGES")
+    """Share of this machine's memory that is available: vLLM refuses to start on a CPU with more than that."""
+    return available_share()
 
 
 def _main() -> None:

@@ -282,17 +282,31 @@ class Head:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., d] to [..., vocabulary] float32."""
+        """[..., d] to [..., vocabulary] float32.
+
+        Raises:
+            ValueError: one of them is not finite.
+        """
         states = self.norm(hidden)
         if states.dtype == self.weight.dtype:
-            return nn.functional.linear(states, self.weight).float()
+            return _finite_logits(nn.functional.linear(states, self.weight).float())
         # In float32 the head of a large model would be the largest thing in memory: converted part by part.
         logits = torch.empty(*states.shape[:-1], self.weight.shape[0], dtype=torch.float32, device=states.device)
         rows = max(1, _HEAD_PART_BYTES // (self.weight.shape[1] * states.dtype.itemsize))
         for start in range(0, self.weight.shape[0], rows):
             part = self.weight[start : start + rows].to(states.dtype)
             logits[..., start : start + rows] = nn.functional.linear(states, part)
+        return _finite_logits(logits)
+
+
+def _finite_logits(logits: Tensor) -> Tensor:
+    """The same logits, if all of them are numbers."""
+    if torch.isfinite(logits).all():
         return logits
+    raise ValueError(
+        "lm_head gives logits that are not finite: the final norm or the head of this model is damaged, or its dtype "
+        "overflows on this task; check the checkpoint, or use one in bfloat16"
+    )
 
 
 def replace_weight(matrix: nn.Linear, weight: Tensor) -> None:

@@ -14,7 +14,7 @@ A task is a small YAML or JSON header that names data files, for example
     few_shot_file: shots.jsonl     # calibration file, where they are then missing
     separator: "\n\n"              # between them in a plain prompt; a chat has turns
     max_new_tokens: 64
-    stop: []
+    stop: []                       # of a plain prompt, the first is what completions are taken to end with
 
 and an item of plain JSONL is one object a line: `id`, `prompt`, `question` or `messages` (role and content; a closing
 assistant message is the completion), `answers` (any one is right), `completion` or `target` (what teacher forcing
@@ -31,6 +31,7 @@ import hashlib
 import json
 import re
 import unicodedata
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,8 @@ class Task:
     path: Path
     """The header, or the bare JSONL file."""
     calibration_sha256: str | None
-    """sha256 of the data file; where the header changes its prompts (template, chat, few-shot ...), of all together."""
+    """sha256 of the data file; where the header changes its prompts (template, chat, few-shot ...) or how completions
+    end (stop), of all together."""
     test_sha256: str | None
     """The same of the test file."""
     system: str | None = None
@@ -191,15 +193,16 @@ def load_task(path: str | Path) -> Task:
         shots = _taken(count, shots, files["few_shot"], path)
     _check_completed(shots, path)
     _check_disjoint(calibration, test, shots, path)
-    hashes = {part: _sha256(file, header, shots) for part, file in files.items()}
     stop = header.native.stop if not header.chat_template else ()
+    stop = tuple(stop if header.stop is None else header.stop)
+    hashes = {part: _sha256(file, header, shots, stop) for part, file in files.items()}
     return Task(
         name=header.name,
         metric=metric,
         calibration=calibration,
         test=test,
         max_new_tokens=header.max_new_tokens or header.native.max_new_tokens,
-        stop=tuple(stop if header.stop is None else header.stop),
+        stop=stop,
         chat_template=header.chat_template,
         path=path,
         calibration_sha256=hashes.get("calibration"),
@@ -262,16 +265,21 @@ def tokenize(
     """Turn examples into token ids, exactly as evaluation and scoring both need them.
 
     The prompt is what `render` gives, few-shot examples included. Special tokens come once: from the tokenizer for a
-    text, from the chat template for a conversation. A completion is tokenized on its own and followed by the
-    end-of-sequence token; behind a chat template, which has begun the assistant's turn on a line of its own, it loses
-    the white space that it begins with.
+    text, from the chat template for a conversation. A completion is tokenized on its own; behind a chat template, which
+    has begun the assistant's turn on a line of its own, it loses the white space that it begins with.
+
+    What ends a completion is what ends an output: a chat's turn and the outputs of tasks without stop strings the
+    end-of-sequence token, and a plain prompt's output, which a base model would run on behind, a stop string. This
+    text is the first of `stop`, or what ends the few-shot examples if they do end so (a separator with a stop string,
+    or one that the next prompt begins with); it is tokenized together with the completion, and missing where the
+    completion ends with a stop string already.
 
     Args:
         examples: of `task`.
         tokenizer: of the model (transformers).
         task: says whether the chat template is used, and gives the few-shot examples.
-        with_completion: append the completion's tokens and the end-of-sequence token: True needs one in every example,
-            "if present" leaves examples without labels as prompts.
+        with_completion: append the completion's tokens and its end: True needs one in every example, "if present"
+            leaves examples without labels as prompts.
         max_length: most tokens that the model takes.
 
     Raises:
@@ -285,7 +293,8 @@ def tokenize(
     if with_completion is True:
         require_labels(task, examples, "teacher forcing")
     completed = [bool(with_completion and example.completion) for example in examples]
-    if any(completed) and tokenizer.eos_token_id is None:
+    ends_with_text = bool(task.stop) and not task.chat_template
+    if any(completed) and not ends_with_text and tokenizer.eos_token_id is None:
         raise ValueError("the model's tokenizer has no end-of-sequence token: add eos_token to tokenizer_config.json")
     tokenized = []
     for example, complete in zip(examples, completed, strict=True):
@@ -299,7 +308,11 @@ def tokenize(
         ids = list(prompt)
         if complete:
             completion = example.completion.lstrip() if task.chat_template else example.completion
-            ids += [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            if ends_with_text and not completion.endswith(task.stop):
+                completion += _ending(task)
+            ids += tokenizer(completion, add_special_tokens=False).input_ids
+            if not ends_with_text:
+                ids.append(tokenizer.eos_token_id)
         if len(ids) > max_length:
             raise ValueError(
                 f"{task.path}, example {example.id}: its prompt of {len(prompt)} tokens and its completion of "
@@ -307,6 +320,17 @@ def tokenize(
             )
         tokenized.append(TokenizedExample(ids, len(prompt)))
     return tokenized
+
+
+def _ending(task: Task) -> str:
+    """The text that a plain completion of a task with stop strings is expected to end with."""
+    if task.shots:
+        shown = task.separator + task.shots[0].prompt
+        found = {shown.find(string): string for string in task.stop if string in shown}
+        if found and min(found) <= len(task.separator):
+            # All of the separator, also behind the stop string: tokenizers may have one token for it.
+            return shown[: max(min(found) + len(found[min(found)]), len(task.separator))]
+    return task.stop[0]
 
 
 def _prompt_ids(example: Example, tokenizer: Any, task: Task) -> list[int]:
@@ -399,8 +423,8 @@ def _read(file: Path, part: Part, header: _Header, path: Path) -> list[Record]:
 
 def _without_test(calibration: Sequence[Record], test: Sequence[Record], file: Path) -> list[Record]:
     """Published files may ask a question twice, and nobody should have to edit them."""
-    asked = {_normalised_sha256(record.item["question"]) for record in test}
-    kept = [record for record in calibration if _normalised_sha256(record.item["question"]) not in asked]
+    asked = {normalised(record.item["question"]) for record in test}
+    kept = [record for record in calibration if normalised(record.item["question"]) not in asked]
     if not kept:
         raise ValueError(f"{file}: all its items are in the test set as well; name another calibration file")
     return kept
@@ -544,11 +568,14 @@ def _harness_task(header: _Header, path: Path) -> Task:
     test = _examples(found.test, metric, as_items)
     shots = _examples(found.shots, None, as_items)
     _check_completed(shots, path)
-    asked = {_identity(example) for example in test}
-    calibration = tuple(example for example in calibration if _identity(example) not in asked)
+    stop = tuple(found.stop if header.stop is None else header.stop)
+    shown = {normalised(example) for example in shots}
+    asked = {normalised(example) for example in test}
+    calibration = tuple(example for example in calibration if normalised(example) not in asked | shown)
+    test = _without_shots(test, shown, path)
     _check_disjoint(calibration, test, shots, path)
     prompts = [[record.item for record in found.shots], found.description, found.separator]
-    prompts += [header.chat_template, header.system]
+    prompts += [header.chat_template, header.system, stop]
     digests = [
         hashlib.sha256(json.dumps([[record.item for record in part], *prompts]).encode()).hexdigest()
         for part in (found.calibration, found.test)
@@ -560,7 +587,7 @@ def _harness_task(header: _Header, path: Path) -> Task:
         calibration=calibration,
         test=test,
         max_new_tokens=header.max_new_tokens or found.max_new_tokens,
-        stop=tuple(found.stop if header.stop is None else header.stop),
+        stop=stop,
         chat_template=header.chat_template,
         path=path,
         calibration_sha256=digests[0] if calibration else None,
@@ -571,7 +598,19 @@ def _harness_task(header: _Header, path: Path) -> Task:
     )
 
 
-def _sha256(file: Path, header: _Header, shots: Sequence[Example]) -> str:
+def _without_shots(test: tuple[Example, ...], shown: set[str], path: Path) -> tuple[Example, ...]:
+    """The harness may take its few-shot examples from the test set, and draws others where one is asked itself."""
+    kept = tuple(example for example in test if normalised(example) not in shown)
+    if len(kept) == len(test):
+        return test
+    left_out = f"{path}: {len(test) - len(kept)} of {len(test)} test examples are among the few-shot examples"
+    if not kept:
+        raise ValueError(f"{left_out}, so none is left to ask: use a smaller few_shot")
+    warnings.warn(f"{left_out}, which show their answers; they are left out", stacklevel=4)
+    return kept
+
+
+def _sha256(file: Path, header: _Header, shots: Sequence[Example], stop: tuple[str, ...]) -> str:
     digest = hashlib.sha256(file.read_bytes())
     if header.template is not None or header.chat_template:
         digest.update(json.dumps([header.template, header.chat_template]).encode())
@@ -583,18 +622,25 @@ def _sha256(file: Path, header: _Header, shots: Sequence[Example]) -> str:
     if shots:
         changes["shots"] = [[shot.prompt, shot.messages, shot.completion] for shot in shots]
         changes["separator"] = header.separator
+    if stop and not header.chat_template:
+        changes["stop"] = stop
     if changes:
         digest.update(json.dumps(changes, sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def _normalised_sha256(text: str) -> str:
-    """Case, white space and Unicode forms do not make a text another one; digits and operators do."""
-    return hashlib.sha256(" ".join(unicodedata.normalize("NFKC", text).casefold().split()).encode()).hexdigest()
+def normalised(asked: Example | str) -> str:
+    """What makes two prompts one: case, white space and Unicode forms do not tell them apart, digits and operators do.
 
+    Args:
+        asked: an example, whose prompt or conversation it is, or a text.
 
-def _identity(example: Example) -> str:
-    return _normalised_sha256("\n".join(content for _, content in example.messages) or example.prompt)
+    Returns:
+        Its words, a space between them.
+    """
+    if isinstance(asked, Example):
+        asked = "\n".join(content for _, content in asked.messages) or asked.prompt
+    return " ".join(unicodedata.normalize("NFKC", asked).casefold().split())
 
 
 def _check_disjoint(
@@ -619,7 +665,7 @@ def _check_disjoint(
 
 def _common(first: Sequence[Example], second: Sequence[Example]) -> tuple[int, str] | None:
     """How many of the second's prompts are in the first, and some of them."""
-    ids = {_identity(example): example.id for example in first}
-    pairs = [f"{ids[key]} = {example.id}" for example in second if (key := _identity(example)) in ids]
+    ids = {normalised(example): example.id for example in first}
+    pairs = [f"{ids[key]} = {example.id}" for example in second if (key := normalised(example)) in ids]
     more = f" and {len(pairs) - _SHOWN_OVERLAPS} more" if len(pairs) > _SHOWN_OVERLAPS else ""
     return (len(pairs), ", ".join(pairs[:_SHOWN_OVERLAPS]) + more) if pairs else None

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import make_tiny
 
-from taq_vllm import distributed
+from taq_vllm import __version__, distributed
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.scores import Scores
 from taq_vllm.scoring import score
@@ -167,6 +167,28 @@ def test_two_processes_write_the_checkpoint_of_one(runs):
     assert alone.keys() == together.keys()
     for name, tensor in alone.items():
         assert torch.equal(together[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("backends", "device", "exchanged_on"),
+    [
+        ("cpu:gloo,cuda:gloo", "cpu", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cpu", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cuda:3", "cuda:3"),
+        ("cuda:nccl", "cpu", "cuda:1"),
+        ("cuda:nccl", "cuda:1", "cuda:1"),
+        ("cpu:gloo", "cuda:1", "cpu"),
+    ],
+)
+def test_what_a_backend_cannot_exchange_is_moved_to_where_it_can(monkeypatch, backends, device, exchanged_on):
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backends)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert str(distributed.exchanging_device(torch.device(device))) == exchanged_on
+
+
+def test_the_command_is_a_module_that_torchrun_can_start():
+    ran = subprocess.run([sys.executable, "-m", "taq_vllm.cli", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, f"taq-vllm {__version__}\n"), ran.stderr
 
 
 def test_more_processes_than_examples_are_refused(model, task, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from tiny_models import make_tiny
@@ -69,6 +70,55 @@ def test_files_that_cannot_be_used_say_what_is_needed(model, tmp_path):
     lines.write_text('{"text": "fine"}\n{"words": "none"}\n')
     with pytest.raises(ValueError, match="line 2: has no text"):
         GeneralText(lines)
+
+
+TESTED = [f"Question: how far is it from {i} to {i * i}?\nAnswer:" for i in range(3)] + ["Why?"]
+GIVEN_AWAY = "Question:  How far is it\nfrom 1 to 1?\nanswer: 0 "
+
+
+@pytest.fixture
+def tested(task, tmp_path):
+    test = tuple(replace(task.calibration[0], id=f"t{i}", prompt=prompt) for i, prompt in enumerate(TESTED))
+    return replace(task, test=test)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("g.txt", f"one\ntwo {GIVEN_AWAY}\nthree", "line 2"),
+        ("g.txt", "one\nwhy?\n", "line 2"),
+        ("g.jsonl", f'\n{{"text": "fine"}}\n{json.dumps({"text": GIVEN_AWAY})}\n', "line 3"),
+        ("g.jsonl", '{"prompt": "WHY?"}\n', "line 1"),
+    ],
+)
+def test_a_test_prompt_in_the_general_text_is_refused_with_its_line(tested, tmp_path, name, content, where):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}, {where}: holds the prompt of .* test example t[13];"):
+        GeneralText(tmp_path / name).check_apart(tested)
+
+
+def test_a_task_as_general_data_must_not_hold_test_prompts_either(tested, task):
+    GeneralText(task.path).check_apart(tested)
+    leaky = replace(tested, test=(replace(tested.test[0], prompt="question: 3?  ANSWER:"),))
+    with pytest.raises(ValueError, match="example 3: holds the prompt"):
+        GeneralText(task.path).check_apart(leaky)
+
+
+@pytest.mark.parametrize("name", ["g.txt", "g.jsonl"])
+def test_text_that_only_resembles_test_prompts_is_taken(tested, tmp_path, name):
+    content = "I wonder why? And how far is it from 1 to 2?\nQuestion: how far is it from 1 to 11? Answer: ten"
+    (tmp_path / name).write_text(content if name == "g.txt" else json.dumps({"text": content}))
+    GeneralText(tmp_path / name).check_apart(tested)
+
+
+def test_quantizing_refuses_general_text_that_gives_test_prompts_away(model, tested, tmp_path):
+    from plans import make_plan
+
+    (tmp_path / "g.txt").write_text(GIVEN_AWAY * 20)
+    plan = make_plan(model.files.path, lambda name: (4, False))
+    calibration = Calibration(examples=4, mix_general=0.5, general=GeneralText(tmp_path / "g.txt"))
+    with pytest.raises(ValueError, match=r"g\.txt, line 1: holds the prompt"):
+        quantize_model(model.files, plan, tmp_path / "out", calibration, tested)
 
 
 def test_the_ratio_is_the_general_share_of_the_examples(task, tmp_path):

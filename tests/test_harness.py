@@ -91,6 +91,17 @@ def test_few_shot_documents_come_first_and_leave_the_calibration_set(monkeypatch
         harness.adapt(task, "made_up", few_shot=4)
 
 
+def test_few_shot_documents_leave_the_test_set_and_how_many_is_said(monkeypatch):
+    test = docs(1, 2, 3)
+    task = HarnessTask(test=test, shots=[{"q": " 1", "a": "1"}, *test[1:]], num_fewshot=2)
+    with pytest.warns(UserWarning, match="lm-eval:made_up: 2 of 3 test examples are among the few-shot examples"):
+        read = load(monkeypatch, task)
+    assert [e.prompt for e in read.test] == ["Q: 3\nA:"]
+    task = HarnessTask(test=test, shots=test, num_fewshot=3)
+    with pytest.raises(ValueError, match=r"3 of 3 test examples .* use a smaller few_shot"):
+        load(monkeypatch, task)
+
+
 def test_calibration_falls_back_on_validation_and_never_overlaps_the_test_set(monkeypatch):
     read = load(monkeypatch, HarnessTask(validation=docs(1, 2), test=docs(2, 3)))
     assert [e.prompt for e in read.calibration] == ["Q: 1\nA:"]

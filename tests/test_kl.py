@@ -8,8 +8,8 @@ from tiny_models import make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from taq_vllm.model_files import ModelFiles
-from taq_vllm.one_at_a_time import Rounding
 from taq_vllm.quantizer import quantize
+from taq_vllm.rounding import Rounding
 from taq_vllm.scorers.kl import Noise
 from taq_vllm.scoring import baseline, score
 from taq_vllm.stream import StreamedModel

@@ -8,9 +8,9 @@ from tiny_models import make_tiny
 from transformers import AutoModelForCausalLM
 
 from taq_vllm.model_files import ModelFiles
-from taq_vllm.one_at_a_time import Rounding
 from taq_vllm.plan import SYMMETRIC
 from taq_vllm.quantizer import quantize
+from taq_vllm.rounding import Rounding
 from taq_vllm.scorers import loss
 from taq_vllm.scoring import Run, calibration_sequences, score
 from taq_vllm.stream import StreamedModel, make_batches
@@ -168,13 +168,17 @@ def test_pseudo_gradients_do_not_depend_on_the_batches(task, tmp_path):
         assert torch.allclose(found[0][name], found[1][name], atol=0.02 * found[0][name].abs().max().item())
 
 
-def test_a_run_killed_on_its_way_back_goes_on_from_the_saved_gradient(task, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("save_every_s", "walked"),
+    [(0.0, [3, 2, 1, 1, 0]), (60.0, [3, 2, 1, 3, 2, 1, 0])],  # after every block, and not before the kill
+)
+def test_a_run_killed_on_its_way_back_goes_on_from_what_it_saved(task, tmp_path, monkeypatch, save_every_s, walked):
     files = ModelFiles(make_tiny("llama", tmp_path / "model", num_hidden_layers=4))
     settings = {"batch_size": 2, "max_examples": EXAMPLES, "curvature": "empirical"}
     whole, _ = score(files, task, "loss", tmp_path / "whole.json", settings, "cpu", granularity="fused", head=True)
     again, _ = score(files, task, "loss", tmp_path / "again.json", settings, "cpu", granularity="fused", head=True)
     assert again.units == whole.units  # or the last comparison would say nothing
-    monkeypatch.setattr(loss, "_SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(loss, "_SAVE_EVERY_S", save_every_s)
     through = loss._through_block
     layers = []
 
@@ -188,7 +192,7 @@ def test_a_run_killed_on_its_way_back_goes_on_from_the_saved_gradient(task, tmp_
     with pytest.raises(KeyboardInterrupt):
         score(files, task, "loss", tmp_path / "s.json", settings, "cpu", granularity="fused", head=True)
     resumed, _ = score(files, task, "loss", tmp_path / "s.json", settings, "cpu", granularity="fused", head=True)
-    assert layers == [3, 2, 1, 1, 0]
+    assert layers == walked
     assert resumed.units == whole.units
     assert not list(tmp_path.glob("*.journal*"))
 

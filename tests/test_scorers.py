@@ -1,18 +1,27 @@
+import ast
+import importlib
+import inspect
 import json
 import math
 
 import pytest
 import torch
+from pydantic import BaseModel
 from tiny_models import make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from taq_vllm import __version__
+from taq_vllm.methods import METHODS
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.quantizer import quantize
+from taq_vllm.scorers import SCORERS
 from taq_vllm.scorers.taq import Moments, Reservoir, Settings, Statistic, matrix_entropy, z_score
 from taq_vllm.scores import Scores
 from taq_vllm.scoring import score
+from taq_vllm.settings import settings_from
 from taq_vllm.stream import StreamedModel
 from taq_vllm.tasks import load_task
+from taq_vllm.units import GRANULARITIES
 
 EXAMPLES = 12
 
@@ -24,7 +33,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory, files):
-    """A task whose answers are the tiny model's own, so that exact match starts at 1 and can fall."""
+    """A task whose answers are what the tiny model begins with."""
     folder = tmp_path_factory.mktemp("task")
     model = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(files.path)
@@ -225,12 +234,70 @@ def test_a_finished_score_is_not_made_again_unless_something_changed(files, task
     assert score(files, task, "taq", output, other, force=True)[1]
 
 
+def test_scores_of_another_version_are_made_again_and_old_files_are_of_the_first(files, task, tmp_path):
+    output = tmp_path / "s.json"
+    made, _ = score(files, task, "taq", output)
+    assert made.made_by == f"taq-vllm {__version__}"
+    made.model_copy(update={"made_by": "taq-vllm 0.0.1"}).save(output)
+    again, fresh = score(files, task, "taq", output)
+    assert fresh
+    assert (again.units, again.made_by) == (made.units, made.made_by)
+    content = json.loads(output.read_text())
+    del content["made_by"]
+    output.write_text(json.dumps(content))
+    assert Scores.load(output).made_by == "taq-vllm 0.1.0"
+    made.model_copy(update={"made_by": "taq-vllm 0.0.1", "granularity": "module"}).save(output)
+    with pytest.raises(ValueError, match="holds other scores"):
+        score(files, task, "taq", output)
+
+
+INTERFACES = {
+    "scorers": {"READS": str, "GRANULARITIES": tuple, "COST_UNIT": str | None, "KEEPS_ALL_HIDDEN_STATES": bool},
+    "methods": {"READS_INPUTS": bool, "READS_OUTPUTS": bool},
+}
+FUNCTIONS = {"scorers": ("score_units", ["run", "settings"]), "methods": ("fit_block", ["block", "settings"])}
+OPTIONAL = {"KEEPS_ALL_HIDDEN_STATES"}
+
+
+@pytest.mark.parametrize("module", [*(f"scorers.{n}" for n in SCORERS), *(f"methods.{n}" for n in METHODS)])
+def test_a_module_has_the_names_that_its_package_documents_and_no_others(module):
+    package, _, name = module.partition(".")
+    documented = importlib.import_module(f"taq_vllm.{package}").__doc__
+    found = importlib.import_module(f"taq_vllm.{package}.{name.replace('-', '_')}")
+    constants, (function, arguments) = INTERFACES[package], FUNCTIONS[package]
+    for known in ("Settings", function, *constants):
+        assert f"`{known}" in documented, known
+    assigned = [node for node in ast.parse(inspect.getsource(found)).body if isinstance(node, ast.Assign)]
+    own = {target.id for node in assigned for target in node.targets if target.id.isupper() and target.id[0] != "_"}
+    assert constants.keys() - OPTIONAL <= own <= constants.keys()
+    for known in own:
+        assert isinstance(getattr(found, known), constants[known]), known
+    assert issubclass(found.Settings, BaseModel)
+    assert found.Settings.model_config["frozen"]
+    assert found.Settings.model_config["extra"] == "forbid"
+    found.Settings()
+    assert list(inspect.signature(getattr(found, function)).parameters) == arguments
+    if package == "scorers":
+        assert found.READS in ("weights", "prompts", "answers")
+        assert found.GRANULARITIES
+        assert set(found.GRANULARITIES) <= set(GRANULARITIES)
+
+
+@pytest.mark.parametrize("allowed_by", ["scorer taqo", "method gptq"])
+def test_settings_say_what_was_got_and_what_there_is(allowed_by):
+    what, name = allowed_by.split()
+    module = importlib.import_module(f"taq_vllm.{what}s.{name}")
+    known = next(iter(module.Settings.model_fields))
+    with pytest.raises(ValueError, match=f"{allowed_by}, colour: got 'red': .*; its settings are {known}"):
+        settings_from(module, allowed_by, {"colour": "red"})
+
+
 @pytest.mark.parametrize(
     ("scorer", "settings", "said"),
     [
         ("magic", {}, "there are edges"),
         ("taq", {"alpha": 0.9}, "must sum to 1"),
-        ("taq", {"gamma": 1}, "its settings are alpha, beta"),
+        ("taq", {"gamma": 1}, "gamma: got 1: .*; its settings are alpha, beta"),
         ("taq", {"alpha": -0.5, "beta": 1.5}, "greater than or equal to 0"),
     ],
 )

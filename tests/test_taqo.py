@@ -28,7 +28,7 @@ def files(tmp_path_factory):
 
 
 def make_task(folder, files, metric="em", **header):
-    """A task whose answers are the tiny model's own, so that exact match starts at 1 and can fall."""
+    """A task whose answers are what the tiny model begins with."""
     model = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.bfloat16).float()
     tokenizer = AutoTokenizer.from_pretrained(files.path)
     rows = []
@@ -46,7 +46,9 @@ def make_task(folder, files, metric="em", **header):
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory, files):
-    return make_task(tmp_path_factory.mktemp("task"), files)
+    """Every answer ends with a stop string, so that exact match starts high and can fall."""
+    found = make_task(tmp_path_factory.mktemp("task"), files)
+    return replace(found, stop=tuple(sorted({example.completion[-1] for example in found.calibration})))
 
 
 def naive(files, task, granularity, bits, batch_size, head=True):
@@ -180,6 +182,7 @@ def test_generating_scores_the_tasks_metric_of_real_greedy_outputs(files, tmp_pa
     [
         ("f1", {"metric": "task"}, "cannot be teacher-forced: add measure=generate"),
         ("math", {"metric": "task"}, "judged by math"),
+        ("em", {"metric": "task"}, "example 0: got 2 answers .* add measure=generate"),
         ("em", {"measure": "generate", "metric": "exact"}, "needs no generation"),
         ("em", {"bits": [4, 4]}, "each once"),
         ("em", {"bits": [16]}, "needs one or more of 2, 3, 4"),
@@ -188,9 +191,31 @@ def test_generating_scores_the_tasks_metric_of_real_greedy_outputs(files, tmp_pa
     ],
 )
 def test_requests_that_cannot_be_met_say_what_to_do(files, task, tmp_path, metric, settings, said):
-    asked = replace(task, metric=metric, max_new_tokens=250)
+    several = tuple(replace(e, answers=(*e.answers, "another")) for e in task.calibration)
+    asked = replace(task, metric=metric, max_new_tokens=250, calibration=several)
     with pytest.raises(ValueError, match=said):
         score(files, asked, "taqo", tmp_path / "s.json", settings, "cpu")
+
+
+def test_em_is_teacher_forced_where_the_completion_is_the_one_answer(files, task, tmp_path):
+    settings = {"metric": "task"}
+    exact, _ = score(files, task, "taqo", tmp_path / "exact.json", {}, "cpu")
+    em, _ = score(files, task, "taqo", tmp_path / "em.json", settings, "cpu")
+    assert em.units == exact.units
+    worked = [replace(e, completion=f" So it is{e.completion}") for e in task.calibration]
+    for calibration, count in ((worked, 1), (worked, 5)):
+        asked = replace(task, calibration=(*task.calibration[:-count], *calibration[-count:]))
+        with pytest.raises(ValueError, match=f"example {EXAMPLES - count}: got 1 answers and the completion ' So it"):
+            score(files, asked, "taqo", tmp_path / "s.json", settings, "cpu")
+
+
+def test_a_model_that_gives_next_to_no_reference_is_warned_of(files, task, tmp_path, capfd):
+    scores, _ = score(files, task, "taqo", tmp_path / "known.json", {}, "cpu")
+    assert scores.units[0].details["full_exact_match"] > 0.5
+    assert "warning" not in capfd.readouterr().err
+    unknown = replace(task, calibration=tuple(replace(e, completion=" none of it") for e in task.calibration))
+    score(files, unknown, "taqo", tmp_path / "unknown.json", {}, "cpu")
+    assert "gives 0.0% of the reference completions" in capfd.readouterr().err
 
 
 def test_code_is_not_run_without_permission(files, tmp_path):

@@ -214,6 +214,52 @@ def test_tokens_are_the_prompts_the_completions_and_the_end(tokenizer, tmp_path)
     assert alone.input_ids == prompt
 
 
+def ends(tokenizer, folder, completion, **changes):
+    """How the completion of a task is tokenized, as text."""
+    shown = [shot(3), shot(4)] if changes.get("few_shot") else None
+    content = header(**changes) if shown else header(calibration=None, **changes)
+    task = load_task(write(folder, content, shown, [ITEM | {"completion": completion}]))
+    (tokens,) = tokenize(task.test, tokenizer, task, with_completion=True, max_length=99)
+    ids = tokens.input_ids[tokens.prompt_len :]
+    text = tokenizer.decode(ids)
+    if not changes.get("chat_template"):
+        assert ids == tokenizer(text, add_special_tokens=False).input_ids  # of one piece
+    return text
+
+
+def test_a_plain_completion_ends_with_the_first_stop_string_where_there_are_any(tokenizer, tmp_path):
+    end = tokenizer.eos_token
+    assert ends(tokenizer, tmp_path, " 2") == f" 2{end}"
+    assert ends(tokenizer, tmp_path, " 2", stop=["\n", "Q:"]) == " 2\n"
+    assert ends(tokenizer, tmp_path, " 2.\n[DONE]", stop=["\n", "[DONE]"]) == " 2.\n[DONE]"
+    assert ends(tokenizer, tmp_path, " 2", stop=["\n"], chat_template=True) == f"2{end}"
+
+
+def test_few_shot_examples_show_how_a_completion_ends(tokenizer, tmp_path):
+    assert ends(tokenizer, tmp_path, " 2", stop=["\n"], few_shot=1) == " 2\n\n"
+    assert ends(tokenizer, tmp_path, " 2", stop=["Q:"], few_shot=1) == " 2\n\nQ:"
+    assert ends(tokenizer, tmp_path, " 2", stop=["\n\nQ"], few_shot=1) == " 2\n\nQ"
+    for never_shown in (";", "?"):  # not at all, and inside of the next question
+        assert ends(tokenizer, tmp_path, " 2", stop=[never_shown], few_shot=1) == f" 2{never_shown}"
+
+
+def test_a_tokenizer_without_an_end_token_does_for_tasks_with_stop_strings(tmp_path):
+    bare = AutoTokenizer.from_pretrained(LAB / "model")
+    bare.eos_token = None
+    assert ends(bare, tmp_path, " 2", stop=["\n"]) == " 2\n"
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        ends(bare, tmp_path, " 2")
+
+
+def test_stop_strings_change_the_hashes_of_plain_prompts_alone(tmp_path):
+    def sha256(**changes):
+        return load_task(write(tmp_path, header(calibration=None, **changes))).test_sha256
+
+    assert len({sha256(), sha256(stop=["\n"]), sha256(stop=["Q:", "\n"])}) == 3
+    assert sha256(stop=[]) == sha256()
+    assert sha256(chat_template=True, stop=["\n"]) == sha256(chat_template=True)
+
+
 def test_the_chat_template_wraps_the_prompt_once(tokenizer, tmp_path):
     task = load_task(write(tmp_path, header(calibration=None, chat_template=True)))
     (tokens,) = tokenize(task.test, tokenizer, task, with_completion=False, max_length=64)

@@ -20,17 +20,20 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
+from taq_vllm import units
 from taq_vllm.distributed import gather
+from taq_vllm.estimates import ratio_and_stderr
 from taq_vllm.hidden_states import HiddenStates
-from taq_vllm.one_at_a_time import Key, Rounding, Values, check_bits, check_logits, walk
+from taq_vllm.one_at_a_time import Key, Values, walk
 from taq_vllm.progress import steps
 from taq_vllm.quantizer import quantize
+from taq_vllm.rounding import Rounding, check_bits
 from taq_vllm.scores import UnitScore
 from taq_vllm.scoring import Run
 from taq_vllm.stream import Head, make_batches
-from taq_vllm.units import GRANULARITIES  # noqa: F401
 
 READS = "prompts"
+GRANULARITIES = units.GRANULARITIES
 COST_UNIT = "nats per prompt token"
 
 
@@ -97,8 +100,8 @@ def score_units(run: Run, settings: Settings) -> list[UnitScore]:
                 owners.split(rows_at_once),
                 strict=True,
             ):
-                full_log = check_logits(full_head.logits(full_rows)).log_softmax(-1)
-                log = check_logits(head.logits(rows)).log_softmax(-1)
+                full_log = full_head.logits(full_rows).log_softmax(-1)
+                log = head.logits(rows).log_softmax(-1)
                 sums.index_add_(0, owner, (full_log.exp() * (full_log - log)).sum(-1).double().cpu())
         return {"kl": gather(sums)}
 
@@ -116,8 +119,6 @@ def _unit_score(unit: str, sums: dict[int, Tensor], tokens: Tensor) -> UnitScore
     """From KL summed over each example's tokens [examples] and how many those are [examples]."""
     costs, stderrs = {}, {}
     for bits, of_examples in sums.items():
-        costs[bits] = (of_examples.sum() / tokens.sum()).item()
-        residual = (of_examples - costs[bits] * tokens) / tokens.mean()
-        stderrs[bits] = (residual.std(unbiased=True) / len(tokens) ** 0.5).item()
+        costs[bits], stderrs[bits] = ratio_and_stderr(of_examples, tokens)
     lowest = min(costs)
     return UnitScore(unit=unit, score=costs[lowest], stderr=stderrs[lowest], costs=costs, cost_stderrs=stderrs)

@@ -41,23 +41,19 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from taq_vllm import journal
+from taq_vllm import journal, units
 from taq_vllm.distributed import gather, world
+from taq_vllm.estimates import mean_and_stderr
 from taq_vllm.hidden_states import HiddenStates
-from taq_vllm.one_at_a_time import (
-    Rounding,
-    check_bits,
-    check_logits,
-    is_quantizable,
-    mean_and_stderr,
-)
 from taq_vllm.progress import steps
+from taq_vllm.rounding import Rounding, check_bits, is_quantizable
 from taq_vllm.scores import UnitScore
 from taq_vllm.scoring import Run
 from taq_vllm.stream import Batch, StreamedModel, make_batches, matrices_of
-from taq_vllm.units import GRANULARITIES, HEAD  # noqa: F401
+from taq_vllm.units import HEAD
 
 READS = "answers"
+GRANULARITIES = units.GRANULARITIES
 COST_UNIT = "nats per answer token"
 KEEPS_ALL_HIDDEN_STATES = True
 
@@ -200,6 +196,8 @@ def _through_head(
     """d nll_i / d (last block's output) of every batch, [B, T, d]; the head's products where they are asked for."""
     of_batch = iter(batches)
     rank, processes = world()
+    if HEAD in products:
+        products[HEAD].zero_()  # a run that was killed before it saved a gradient left them whole in the journal
     with model.head() as head:
         dtype = _gradient_dtype(model)
         norm = head.norm.to(dtype)
@@ -217,7 +215,7 @@ def _through_head(
                 *(part.split(head.rows_at_once) for part in (places, targets, owners, shares)), strict=True
             ):
                 rows = states[place[:, 0], place[:, 1]]
-                probabilities = check_logits(head.logits(rows)).softmax(-1)
+                probabilities = head.logits(rows).softmax(-1)
                 if sampled:
                     tokens = zip((owner * processes + rank).tolist(), place[:, 1].tolist(), strict=True)
                     draw = torch.stack([_standard_normal(probabilities.shape[1], seed, *token) for token in tokens])

@@ -6,9 +6,11 @@ whose drop cannot be told from zero are not ranked by it but by the increase of 
 (NLL), which is also the cost per bitwidth; the score is that of the lowest bitwidth.
 
 `measure`:
-- `teacher-forced` (default): exact match of the reference completion. Greedy decoding gives exactly the completion if
-  and only if every token of it, the end included, is the most likely one given those before, so one forward pass
-  replaces a generation, and the NLL comes from the same pass.
+- `teacher-forced` (default): exact match of the reference completion. Greedy decoding gives exactly these tokens, the
+  end included (`tasks.tokenize`: the end-of-sequence token, or of plain prompts with stop strings a stop string), if
+  and only if every one of them is the most likely given those before, so one forward pass replaces a generation, and
+  the NLL comes from the same pass. The same answer in other words, or the same text in other tokens, counts as wrong.
+  `metric=task` says that this is meant as the task's em, and needs examples whose completion is their only answer.
 - `generate`: the task's own metric (em, f1, math, pass@1) of greedy outputs, by the whole model in memory
   (`generate.py`); outputs that a unit does not change are recognised by teacher forcing and not generated again. The
   NLL is measured as before.
@@ -22,26 +24,24 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from taq_vllm import units
 from taq_vllm.distributed import gather
+from taq_vllm.estimates import mean_and_stderr
 from taq_vllm.hidden_states import HiddenStates
-from taq_vllm.one_at_a_time import (
-    Key,
-    Rounding,
-    Values,
-    check_bits,
-    check_logits,
-    mean_and_stderr,
-    walk,
-)
+from taq_vllm.one_at_a_time import Key, Values, walk
+from taq_vllm.progress import steps
+from taq_vllm.rounding import Rounding, check_bits
 from taq_vllm.scores import UnitScore
 from taq_vllm.scoring import Run
 from taq_vllm.stream import Batch, Head, make_batches
-from taq_vllm.units import GRANULARITIES  # noqa: F401
+from taq_vllm.tasks import Task
 
 READS = "answers"
+GRANULARITIES = units.GRANULARITIES
 COST_UNIT = "nats per answer token"
 
 _DISTINGUISHABLE = 1.96  # standard errors; two-sided 95%
+_TOO_FEW_EXACT = 0.05  # where so few references are reproduced, there is next to nothing to lose
 
 
 class Settings(BaseModel):
@@ -54,7 +54,8 @@ class Settings(BaseModel):
     """None: what plans do at each bitwidth (asymmetric below 8)."""
     measure: Literal["teacher-forced", "generate"] = "teacher-forced"
     metric: Literal["exact", "task"] | None = None
-    """`exact` match of the reference completion, or the `task`'s metric; None for what `measure` gives."""
+    """`exact` match of the reference completion, or the `task`'s metric (teacher-forced: em, of examples whose
+    completion is their one answer); None for what `measure` gives."""
     allow_code_execution: bool = False
     """Permission to run the Python code that the model writes (generating for pass@1)."""
     gamma: float = Field(0.01, ge=0)
@@ -78,14 +79,11 @@ def score_units(run: Run, settings: Settings) -> list[UnitScore]:
     """Score every unit by the drop that it alone causes.
 
     Raises:
-        ValueError: a metric that cannot be teacher-forced, code to run without permission, an example or a model that
-            is too large to generate with, or logits that are not finite.
+        ValueError: a metric or an example that cannot be teacher-forced, code to run without permission, an example or
+            a model that is too large to generate with, or logits that are not finite.
     """
-    if settings.measure == "teacher-forced" and settings.metric == "task" and run.task.metric != "em":
-        raise ValueError(
-            f"{run.task.path} is judged by {run.task.metric}, which needs the model's own words and cannot be "
-            "teacher-forced: add measure=generate, or take metric=exact (the reference completion, token by token)"
-        )
+    if settings.measure == "teacher-forced" and settings.metric == "task":
+        _check_teacher_forced(run.task, settings.max_examples)
     rounding = Rounding(settings.symmetric)
     outputs = None
     if settings.measure == "generate":
@@ -101,11 +99,37 @@ def score_units(run: Run, settings: Settings) -> list[UnitScore]:
         return values
 
     found, hidden = walk(run, batches, settings.bits, rounding, read, "taqo: one unit at a time")
-    with run.model.head() as head:
-        full = read(None, hidden, head, head)
+    with steps("taqo: full model", len(batches)) as progress:
+        with run.model.head() as head:
+            full = read(None, hidden, head, head)
+        progress.advance(len(batches))
+        exact = full["exact"].mean().item()
+        if settings.measure == "teacher-forced" and exact < _TOO_FEW_EXACT:
+            progress.say(
+                f"taqo: warning: the full-precision model gives {exact:.1%} of the reference completions token by "
+                "token, so that exact match has nothing to lose and the ranking is that of the completions' "
+                "likelihood: use measure=generate, or check that the model knows this task, its template and its stop "
+                "strings"
+            )
     return [
         _unit_score(unit, full, {bits: found[unit, bits] for bits in settings.bits}, settings) for unit in run.units
     ]
+
+
+def _check_teacher_forced(task: Task, examples: int) -> None:
+    """Whether the task's metric is that of one reference completion."""
+    if task.metric != "em":
+        raise ValueError(
+            f"{task.path} is judged by {task.metric}, which needs the model's own words and cannot be teacher-forced: "
+            "add measure=generate, or take metric=exact (the reference completion, token by token)"
+        )
+    for example in task.calibration[:examples]:
+        if (example.completion.strip(),) != tuple(answer.strip() for answer in example.answers):
+            raise ValueError(
+                f"{task.path}, example {example.id}: got {len(example.answers)} answers and the completion "
+                f"{example.completion!r}; em can be teacher-forced only where the completion is the one answer: add "
+                "measure=generate, or take metric=exact (the reference completion, token by token)"
+            )
 
 
 def read_answers(batches: Sequence[Batch], hidden: HiddenStates, head: Head, examples: int) -> Values:
@@ -132,7 +156,7 @@ def read_answers(batches: Sequence[Batch], hidden: HiddenStates, head: Head, exa
         for rows, target, owner in zip(
             *(part.split(head.rows_at_once) for part in (selected, targets, owners)), strict=True
         ):
-            logits = check_logits(head.logits(rows)).cpu()
+            logits = head.logits(rows).cpu()
             wrong.index_add_(0, owner, (logits.argmax(-1) != target).double())
             loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
             nll.index_add_(0, owner, loss.double())

@@ -10,14 +10,16 @@ question. The score is the cost at the lowest of the bitwidths. One matrix is in
 import torch
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from taq_vllm import units
 from taq_vllm.model_files import ModelFiles
-from taq_vllm.one_at_a_time import Rounding, check_bits, is_quantizable
 from taq_vllm.progress import track
+from taq_vllm.rounding import Rounding, check_bits, is_quantizable
 from taq_vllm.scores import UnitScore
 from taq_vllm.scoring import Run
-from taq_vllm.units import GRANULARITIES, HEAD  # noqa: F401
+from taq_vllm.units import HEAD
 
 READS = "weights"
+GRANULARITIES = units.GRANULARITIES
 COST_UNIT = "relative squared error of weights"
 
 
