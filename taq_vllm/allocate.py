@@ -42,7 +42,7 @@ from taq_vllm.plan import (
     ModelRef,
     Plan,
 )
-from taq_vllm.scores import Scores, UnitScore
+from taq_vllm.scores import Scores, UnitScore, ranking
 from taq_vllm.units import GRANULARITIES, HEAD, Granularity, layer_of, unit_of, units_of
 
 ALLOCATIONS = ("monotone", "knapsack", "paper", "uniform")
@@ -137,6 +137,11 @@ def plans_head(files: ModelFiles, request: Request) -> bool:
     return request.head or any(_matching(pin, files.head, STUDY_BITS)[0] for pin in request.pins)
 
 
+def decided_head(files: ModelFiles, request: Request) -> bool:
+    """Whether the head has its bits without scores: pinned, or of a shape that stays at 16."""
+    return HEAD in _fixed(Shapes.of_files(files, plans_head(files, request)), request)
+
+
 class Problem:
     """A request for a model of certain shapes: what is decided already, what is free, and what every choice uses.
 
@@ -169,7 +174,7 @@ class Problem:
             if (parts := tuple(name for name in names if name not in self.fixed))
         }
         self.scored = _scored(self, scores) if scores else {}
-        self.ranking = _ranking(self.scored) if scores else list(self.units)
+        self.ranking = ranking(self.scored.values()) if scores else list(self.units)
         self.free = [unit for unit in self.ranking if unit in self._undecided]
         self.costs = self._costs()
         self.uses = self._uses(self.meter)
@@ -228,6 +233,8 @@ class Problem:
         if request.latencies and any(limit.unit == "ms" for limit in self.meter.limits):
             measured = request.latencies
             settings |= {"device": measured.device, "threads": measured.threads, "fixed_ms": measured.fixed_ms}
+        if scores:
+            settings["scored_by"] = scores.granularity
         if request.allocation == "knapsack":
             settings["cost_unit"] = scores.cost_unit if scores else None
         if gap:
@@ -250,8 +257,9 @@ class Problem:
     def matrices(self, choices: NDArray[np.int64]) -> dict[str, MatrixPlan]:
         """What every matrix gets if each free unit gets this place in the menu."""
         bits = {unit: self.request.menu[choice] for unit, choice in zip(self.free, choices, strict=True)}
-        ranks = {unit: rank for rank, unit in enumerate(self.ranking)} if self.scored else {}
-        by_scores = "score" if self._scores and self._scores.task else "baseline"
+        uniform = self.request.allocation == "uniform"
+        ranks = {unit: rank for rank, unit in enumerate(self.ranking)} if self.scored and not uniform else {}
+        by_scores = "uniform" if uniform else "score" if self._scores and self._scores.task else "baseline"
         matrices = {}
         for unit, names in self.units.items():
             for name in names:
@@ -474,17 +482,6 @@ def _matching(pin: str, matrices: Mapping[str, Any], allowed: Sequence[int]) -> 
     return [name for name in matrices if pattern.fullmatch(name)], int(value)
 
 
-def _ranking(scored: Mapping[str, UnitScore]) -> list[str]:
-    """As `Scores.ranking`, for the units of the plan."""
-    places = {unit: place for place, unit in enumerate(scored)}
-
-    def key(unit: str) -> tuple[float, float, int]:
-        score = scored[unit]
-        return -score.score if score.from_zero else 0.0, -score.tiebreak, places[unit]
-
-    return sorted(scored, key=key)
-
-
 def _scored(problem: Problem, scores: Scores) -> dict[str, UnitScore]:
     """What the scores say of each unit of the plan, whatever granularity they are of."""
     entries = {entry.unit: entry for entry in scores.units}
@@ -499,9 +496,14 @@ def _scored(problem: Problem, scores: Scores) -> dict[str, UnitScore]:
         missing = sorted({part_of[name] for name in names} - set(entries))
         if missing and undecided:
             if missing == [HEAD]:
+                scored = (
+                    "taq cannot score it: choose another scorer and score with --head"
+                    if scores.scorer.name == "taq"
+                    else "run `taq score --head`"
+                )
                 raise ValueError(
-                    f"the head is to be planned, and the scores say nothing of it: run `taq score --head`, or pin it "
-                    f"with --pin {HEAD}=8"
+                    f"the head is to be planned, and the scores say nothing of it: {scored}, or pin it with "
+                    f"--pin {HEAD}=8"
                 )
             raise ValueError(f"the scores do not name {missing[0]}: run `taq score` again")
         if missing:
@@ -530,7 +532,7 @@ def _merged(unit: str, parts: Sequence[tuple[UnitScore, int]], scores: Scores) -
     known = all(entry.stderr is not None for entry, _ in parts)
     return UnitScore(
         unit=unit,
-        score=sum(w * (e.score if e.from_zero else 0.0) for w, (e, _) in zip(shares, parts, strict=True)),
+        score=sum(w * e.ranked[0] for w, (e, _) in zip(shares, parts, strict=True)),
         stderr=math.hypot(*(w * e.stderr for w, (e, _) in zip(shares, parts, strict=True))) if known else None,
         from_zero=any(entry.from_zero for entry, _ in parts),
         tiebreak=sum(w * entry.tiebreak for w, (entry, _) in zip(shares, parts, strict=True)),

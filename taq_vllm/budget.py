@@ -5,7 +5,8 @@
 - `4.2GiB` (B, kB, MB, GB, KiB, MiB, GiB): all tensors on disk, embeddings and norms included.
 - `9ms@batch=16`: one decode step of so many sequences on one device, as `taq tune` measured it there. The sum over the
   planned matrices of the table's microseconds by (N, K, bits, M), plus what is not planned: the head in 16 bits, and
-  the rest of a step (attention, norms, sampling, Python), which `taq tune --step` measures with vLLM itself.
+  the rest of a step (attention, norms, sampling, Python), which `taq tune --step` measures with vLLM itself, at
+  contexts of 16 to 48 tokens: what attention over longer ones takes is not in it.
 
 `5bits,9ms@batch=16` is both at once. Layers that are served as one matrix (q, k, v; gate, up) are in the table as one
 matrix, for they are one launch: each part counts by its share of the rows, so that layers of one bitwidth cost what was
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taq_vllm.model_files import ModelFiles
-from taq_vllm.plan import GROUP_SIZE, MatrixPlan, Plan, Shape, weight_bytes
+from taq_vllm.plan import BITS_MENU, GROUP_SIZE, MatrixPlan, Plan, Shape, weight_bytes
 from taq_vllm.units import HEAD, units_of
 
 if TYPE_CHECKING:
@@ -174,6 +175,11 @@ class Latencies:
             ValueError: it was not measured; the message says what was.
         """
         key = (*shape, bits, batch)
+        if bits not in BITS_MENU:
+            raise ValueError(
+                f"a budget in ms needs measured latencies, and `taq tune` measures {_list(list(BITS_MENU))} bits, not "
+                f"{bits}: choose --menu {','.join(map(str, BITS_MENU))}, or a budget in bits or bytes"
+            )
         if key not in self.us:
             counts = sorted({m for rows, columns, width, m in self.us if (rows, columns, width) == key[:3]})
             known = f"for this matrix it has batch {_list(counts)}" if counts else "it has no such matrix"
@@ -256,7 +262,9 @@ def model_shape(matrices: Mapping[str, Shape], head: Mapping[str, Shape]) -> str
 
 
 def step_rest_us(latencies: Latencies, shapes: Shapes, step_us: float, batch: int) -> float:
-    """What is left of a measured decode step of the 16-bit model without its matrices and its head; at least 0.
+    """What is left of a measured decode step of the 16-bit model without its matrices and its head.
+
+    It is below 0 where the engine overlaps them.
 
     Raises:
         ValueError: a matrix was not measured.
@@ -265,7 +273,7 @@ def step_rest_us(latencies: Latencies, shapes: Shapes, step_us: float, batch: in
     fused = [
         (sum(blocks[name][0] for name in names), blocks[names[0]][1]) for names in units_of(blocks, "fused").values()
     ]
-    return max(0.0, step_us - sum(latencies.matrix_us(s, 16, batch) for s in [*fused, *shapes.head.values()]))
+    return step_us - sum(latencies.matrix_us(s, 16, batch) for s in [*fused, *shapes.head.values()])
 
 
 class Meter:
@@ -320,13 +328,13 @@ class Meter:
             fixed += sum(latencies.matrix_us(shape, 16, batch) for shape in shapes.head.values())
         return math.ceil(fixed * _PS_PER_US)
 
-    def latency_us(self, matrices: Mapping[str, MatrixPlan]) -> float | None:
-        """Of a decode step, at the batch of the last limit in ms; None without one."""
-        batches = [limit.batch for limit in self.limits if limit.unit == "ms"]
-        if not batches:
-            return None
-        planned = sum(self._picoseconds(name, matrix.bits, batches[-1]) for name, matrix in matrices.items())
-        return (planned + self.fixed_picoseconds(batches[-1])) / _PS_PER_US
+    def latency_us(self, matrices: Mapping[str, MatrixPlan]) -> dict[int, float] | None:
+        """Of a decode step, by the batch of every limit in ms; None without one."""
+        latencies = {}
+        for batch in (limit.batch for limit in self.limits if limit.unit == "ms"):
+            planned = sum(self._picoseconds(name, matrix.bits, batch) for name, matrix in matrices.items())
+            latencies[batch] = (planned + self.fixed_picoseconds(batch)) / _PS_PER_US
+        return latencies or None
 
     def describe(self, limit: Limit, used: int, disk_bytes: int, weights: int) -> str:
         """A plan's size as budgets that it just meets, of the limit's kind; rounded up, so that they can be asked for.

@@ -58,6 +58,23 @@ class Move:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a unit costs at a bitwidth.
+
+    Attributes:
+        bits: of the unit.
+        used: by the allocation: never negative, and never rising with the bits.
+        measured: by the scorer; None where it did not measure this bitwidth, or other parts of the model.
+        stderr: of that.
+    """
+
+    bits: int
+    used: float
+    measured: float | None
+    stderr: float | None
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What a plan does with a unit, and why.
 
@@ -73,6 +90,8 @@ class Explanation:
         up: the next more bits of the menu; None at the top, and where bits are not decided by scores.
         down: the next fewer bits.
         cost_unit: of the moves' costs.
+        costs: what the allocation took each bitwidth of the menu for, with what was measured of it; empty where the
+            plan was not made from the scorer's costs, or they are not given.
         more_bits_at: the smallest size on disk, in bytes, at which it gets more bits; None where there is none.
         more_bits: that it gets then.
         one_byte_less: (unit, bits now, bits then) of all that changes if the plan had a byte less than it takes.
@@ -90,6 +109,7 @@ class Explanation:
     up: Move | None
     down: Move | None
     cost_unit: str
+    costs: tuple[Cost, ...]
     more_bits_at: int | None
     more_bits: int | None
     one_byte_less: tuple[tuple[str, int, int], ...]
@@ -185,10 +205,25 @@ def _explanation(
         up=up,
         down=down,
         cost_unit=plan.allocation.settings.get("cost_unit") or "rank loss",
+        costs=_costs(problem, unit, scores) if unit in now else (),
         more_bits_at=more_at,
         more_bits=more_bits,
         one_byte_less=changes,
         note=note,
+    )
+
+
+def _costs(problem: Problem, unit: str, scores: Scores | None) -> tuple[Cost, ...]:
+    """Used and measured, where the plan was made from the scorer's costs."""
+    if scores is None or scores.cost_unit is None or problem.request.allocation != "knapsack":
+        return ()
+    entry = next((entry for entry in scores.units if entry.unit == unit), None)
+    measured = entry.costs if entry else {}
+    stderrs = entry.cost_stderrs if entry else {}
+    row = problem.costs[problem.free.index(unit)]
+    return tuple(
+        Cost(bits, float(used), measured.get(bits), stderrs.get(bits))
+        for bits, used in zip(problem.request.menu, row, strict=True)
     )
 
 
@@ -258,7 +293,7 @@ def _problem(plan: Plan, scores: Scores | None) -> Problem:
         head=settings.get("head", False),
         uniform_fused=settings.get("uniform_fused", False),
     )
-    if scores is None and plan.scorer is not None:
+    if scores is None and plan.scorer is not None and plan.allocation.name != "uniform":
         fused = request.uniform_fused and granularity == "module"
         ranked = {
             unit: rank
@@ -282,6 +317,12 @@ def _check_same(plan: Plan, scores: Scores) -> None:
         raise ValueError("the plan was made without scores; leave out --scores")
     if scores.model.fingerprint != plan.base_model.fingerprint:
         raise ValueError(f"the scores are of {scores.model.id}, the plan is for {plan.base_model.id}: give its own")
+    scored_by = plan.allocation.settings.get("scored_by", scores.granularity)
+    if scored_by != scores.granularity:
+        raise ValueError(
+            f"the scores are by {scores.granularity}, the plan was made from some by {scored_by}: give the file it was "
+            "made from"
+        )
     if (scores.scorer, scores.task) != (plan.scorer, plan.task):
         names = [f"{each.scorer.name} on {each.task.name if each.task else 'no task'}" for each in (scores, plan)]
         raise ValueError(

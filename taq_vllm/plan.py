@@ -74,13 +74,13 @@ def resident_bytes(bits: int, shape: Shape, symmetric: bool, group_size: int = G
     return rows * columns * bits // 8 + rows * (columns // group_size) * bytes_per_group
 
 
-class _Record(BaseModel):
-    """What all parts of a plan share: immutable, and unknown keys are errors."""
+class Record(BaseModel):
+    """What all parts of a file share: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ModelRef(_Record):
+class ModelRef(Record):
     """The model that a plan was made for."""
 
     id: str
@@ -90,7 +90,7 @@ class ModelRef(_Record):
     """sha256 over names, shapes, dtypes and first bytes of all tensors: tells models apart, and proves no content."""
 
 
-class TaskRef(_Record):
+class TaskRef(Record):
     """The task whose examples the scores come from."""
 
     name: str
@@ -98,14 +98,14 @@ class TaskRef(_Record):
     examples: int
 
 
-class ScorerRef(_Record):
+class ScorerRef(Record):
     """How the scores were made."""
 
     name: str
     settings: dict[str, Any] = {}
 
 
-class Allocation(_Record):
+class Allocation(Record):
     """How scores and budget became bits."""
 
     name: str
@@ -113,7 +113,7 @@ class Allocation(_Record):
     settings: dict[str, Any] = {}
 
 
-class Budget(_Record):
+class Budget(Record):
     """What was asked for and what was reached."""
 
     asked: str
@@ -125,12 +125,16 @@ class Budget(_Record):
     """Bytes on disk of all tensors, what is left in 16 bits included (file headers are not)."""
     resident_bytes: int
     """Bytes of all weights in the server's memory."""
-    latency_us: float | None = None
-    """Of a decode step at the batch that was asked for, by measured latencies; None if the budget was a size."""
+    latency_us: dict[int, float] | None = None
+    """Of a decode step, by the batches that were asked for, by measured latencies; None if the budget was a size."""
 
     @classmethod
     def of(
-        cls, asked: str, matrices: Mapping[str, "MatrixPlan"], other_bytes: int, latency_us: float | None = None
+        cls,
+        asked: str,
+        matrices: Mapping[str, "MatrixPlan"],
+        other_bytes: int,
+        latency_us: dict[int, float] | None = None,
     ) -> "Budget":
         """What matrices cost.
 
@@ -138,7 +142,7 @@ class Budget(_Record):
             asked: the budget in the user's words.
             matrices: bits and shapes.
             other_bytes: of everything that is not planned.
-            latency_us: of a decode step, where it was measured.
+            latency_us: of a decode step by batch, where it was measured.
         """
         planned = sum(m.disk_bytes for m in matrices.values())
         weights = sum(m.shape[0] * m.shape[1] for m in matrices.values() if not m.is_embedding)
@@ -152,15 +156,16 @@ class Budget(_Record):
         )
 
 
-class MatrixPlan(_Record):
+class MatrixPlan(Record):
     """What one weight matrix gets, and why."""
 
     bits: int
     symmetric: bool
     shape: Shape
     """(N out-features, K in-features)."""
-    why: Literal["score", "pinned", "edge", "baseline", "shape"]
-    """`shape`: the in-features do not divide into groups of 128, so the matrix stays at 16 bits."""
+    why: Literal["score", "pinned", "edge", "baseline", "uniform", "shape"]
+    """`baseline`: a scorer that reads no examples. `uniform`: all have the same bits, whatever their scores. `shape`:
+    the in-features do not divide into groups of 128, so the matrix stays at 16 bits."""
     tied: bool = False
     """The head of a model whose embedding doubles as its head: at 16 bits it is the embedding itself and costs nothing,
     below that it is a copy of its own (the embedding stays)."""
@@ -204,7 +209,7 @@ class MatrixPlan(_Record):
         return 0 if self.is_embedding else resident_bytes(self.bits, self.shape, self.symmetric)
 
 
-class Plan(_Record):
+class Plan(Record):
     """Bits for every planned weight matrix of one model, for one task."""
 
     version: Literal[1] = 1

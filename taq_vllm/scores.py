@@ -5,24 +5,17 @@ there, with a standard error over the calibration examples wherever one can be h
 costs also give that cost per bitwidth. Allocators read nothing else.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
-from taq_vllm import __version__
-from taq_vllm.plan import ModelRef, ScorerRef, TaskRef, write_atomically
+from taq_vllm.plan import ModelRef, Record, ScorerRef, TaskRef, write_atomically
 from taq_vllm.units import Granularity
 
-MADE_BY = f"taq-vllm {__version__}"
-_FIRST_VERSION = "taq-vllm 0.1.0"
 
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class UnitScore(_Record):
+class UnitScore(Record):
     """One unit's score."""
 
     unit: str
@@ -33,16 +26,29 @@ class UnitScore(_Record):
     """False: the score cannot be told from zero, and is ranked as zero."""
     tiebreak: float = 0.0
     """Orders units whose scores are equal; higher needs more precision."""
-    costs: dict[int, float] = {}
+    costs: dict[int, float] = Field(default_factory=dict)
     """What the unit alone at so many bits costs, in `Scores.cost_unit`; additive over units to first order. Bitwidths
     that were not measured are missing; 16 bits cost nothing."""
-    cost_stderrs: dict[int, float] = {}
+    cost_stderrs: dict[int, float] = Field(default_factory=dict)
     """Standard errors of `costs` over calibration examples."""
-    details: dict[str, float | bool] = {}
+    details: dict[str, float | bool] = Field(default_factory=dict)
     """What the score was made of, by the scorer's own names."""
 
+    @property
+    def ranked(self) -> tuple[float, float]:
+        """What units are ordered by, highest first: the score, 0 where it cannot be told from it, then the tiebreak."""
+        return self.score if self.from_zero else 0.0, self.tiebreak
 
-class Scores(_Record):
+
+def ranking(units: Iterable[UnitScore]) -> list[str]:
+    """Names of units, the one that needs precision most first; equal ones stay in the order given.
+
+    Noise is not ranked: scores that cannot be told from zero are equal, and go by the tiebreak.
+    """
+    return [entry.unit for entry in sorted(units, key=lambda entry: entry.ranked, reverse=True)]
+
+
+class Scores(Record):
     """Every unit's score, and how it was made."""
 
     version: Literal[2] = 2
@@ -57,19 +63,11 @@ class Scores(_Record):
     seconds: float
     peak_memory_bytes: int
     """Highest resident memory of the process until then, libraries included; a GPU's memory is not in it."""
-    made_by: str = _FIRST_VERSION
-    """Package and version: another one may score otherwise, and does not answer from this file."""
 
     @property
     def ranking(self) -> list[str]:
-        """Units, the one that needs precision most first.
-
-        Noise is not ranked: scores that cannot be told from zero are equal. Equal scores go by the tiebreak, then the
-        earlier unit comes first.
-        """
-        places = {entry.unit: place for place, entry in enumerate(self.units)}
-        entries = sorted(self.units, key=lambda s: (-s.score if s.from_zero else 0.0, -s.tiebreak, places[s.unit]))
-        return [entry.unit for entry in entries]
+        """Units, the one that needs precision most first (`ranking`)."""
+        return ranking(self.units)
 
     def save(self, path: str | Path) -> None:
         """Write `scores.json`; the file appears whole or not at all."""

@@ -130,8 +130,7 @@ class _Order:
     """One scorer's order, and how to draw it again."""
 
     def __init__(self, scores: Scores) -> None:
-        self._score = np.array([entry.score if entry.from_zero else 0.0 for entry in scores.units])
-        self._tiebreak = np.array([entry.tiebreak for entry in scores.units])
+        self._score, self._tiebreak = np.array([entry.ranked for entry in scores.units]).T
         stderrs: Sequence[float | None] = [entry.stderr for entry in scores.units]
         self.stderr = None if None in stderrs else np.array(stderrs)
         self._moves = np.array([entry.from_zero for entry in scores.units])

@@ -175,7 +175,7 @@ def test_uniform_takes_the_most_bits_that_fit(files):
     assert set(bits_by_layer(allocate(files, None, Request("8.2bits", allocation="uniform")))) == {8}
     assert set(bits_by_layer(allocate(files, None, Request("8.0bits", allocation="uniform")))) == {4}
     assert {m.why for m in allocate(files, None, Request("8bits", allocation="uniform")).matrices.values()} == {
-        "baseline"
+        "uniform"
     }
 
 
@@ -287,7 +287,7 @@ def test_any_menu_is_kept_to_in_rank_order(files, scores, menu, budget):
 
 
 def test_a_head_that_is_not_scored_is_refused_and_a_pinned_one_is_planned(files):
-    with pytest.raises(ValueError, match=r"taq score --head.*--pin lm_head=8"):
+    with pytest.raises(ValueError, match=r"taq cannot score it: choose another scorer.*--pin lm_head=8"):
         allocate(files, scores_of(files, range(LAYERS)), Request("6bits", head=True))
     for pin in ("lm_head=8", "re:.*lm_head=8"):
         plan = allocate(files, scores_of(files, range(LAYERS)), Request("6bits", pins=(pin,)))

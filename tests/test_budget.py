@@ -9,7 +9,7 @@ from tiny_models import make_tiny
 from taq_vllm.allocate import Request, allocate
 from taq_vllm.budget import Latencies, Meter, Shapes, load_latencies, model_shape, parse_budget, step_rest_us
 from taq_vllm.model_files import ModelFiles
-from taq_vllm.plan import SYMMETRIC
+from taq_vllm.plan import SYMMETRIC, Plan
 from taq_vllm.scoring import baseline
 from taq_vllm.units import HEAD
 
@@ -66,7 +66,7 @@ def test_a_latency_is_the_sum_of_launches_and_of_all_that_is_not_planned(files, 
     latencies = measured(files)
     request = Request("0.7ms@batch=16", allocation, head=head, latencies=latencies)
     plan = allocate(files, baseline(files, "random", head=head), request)
-    assert plan.budget.latency_us <= 700
+    assert plan.budget.latency_us[16] <= 700
     launches = 0.0
     for layer in range(files.layers):
         bits = plan.matrices[f"model.layers.{layer}.mlp.down_proj"].bits
@@ -75,7 +75,7 @@ def test_a_latency_is_the_sum_of_launches_and_of_all_that_is_not_planned(files, 
         )
     head_bits = plan.matrices[HEAD].bits if head else 16
     expected = launches + latencies.us[3072, 256, head_bits, 16] + STEP_US
-    assert plan.budget.latency_us == pytest.approx(expected, abs=1e-3)  # rounded up to picoseconds per matrix
+    assert plan.budget.latency_us[16] == pytest.approx(expected, abs=1e-3)  # rounded up to picoseconds per matrix
 
 
 def test_layers_that_are_one_launch_count_once_and_mixed_ones_by_rows(files):
@@ -93,9 +93,19 @@ def test_several_limits_hold_together(files):
     request = Request("6bits,0.7ms@batch=16", "knapsack", granularity="module", latencies=measured(files))
     plan = allocate(files, baseline(files, "random", granularity="module"), request)
     assert plan.budget.average_bits <= 6
-    assert plan.budget.latency_us <= 700
+    assert plan.budget.latency_us[16] <= 700
     alone = allocate(files, baseline(files, "random", granularity="module"), replace(request, budget="6bits"))
     assert alone.budget.latency_us is None
+
+
+def test_each_of_two_limits_in_ms_is_recorded_and_kept_in_the_file(files, tmp_path):
+    request = Request("0.69ms@batch=1,0.7ms@batch=16", "knapsack", latencies=measured(files))
+    plan = allocate(files, baseline(files, "random"), request)
+    assert set(plan.budget.latency_us) == {1, 16}
+    assert plan.budget.latency_us[1] <= 690
+    assert plan.budget.latency_us[16] <= 700
+    plan.save(tmp_path / "p.json")
+    assert Plan.load(tmp_path / "p.json") == plan
 
 
 def test_the_error_of_a_latency_that_cannot_be_met_names_one_that_can(files):
@@ -155,7 +165,7 @@ def test_missing_measurements_are_named_with_what_to_run(files, tmp_path):
     given = replace(latencies, steps={}, fixed_ms=1.5)
     plan = allocate(files, baseline(files, "edges"), Request("9ms@batch=16", latencies=given))
     with_step = allocate(files, baseline(files, "edges"), Request("9ms@batch=16", latencies=latencies))
-    assert plan.budget.latency_us - with_step.budget.latency_us == pytest.approx(1500 - STEP_US)
+    assert plan.budget.latency_us[16] - with_step.budget.latency_us[16] == pytest.approx(1500 - STEP_US)
 
 
 def test_tables_of_another_device_or_kernel_and_missing_ones_are_refused(files, tmp_path, monkeypatch):
@@ -194,4 +204,4 @@ def test_the_rest_of_a_step_is_what_its_matrices_leave(files):
     matrices = files.layers * layers + latencies.us[3072, 256, 16, 1]
     shapes = Shapes.of_files(files, head=False)
     assert step_rest_us(latencies, shapes, matrices + 123, 1) == pytest.approx(123)
-    assert step_rest_us(latencies, shapes, matrices - 1, 1) == 0
+    assert step_rest_us(latencies, shapes, matrices - 1, 1) == pytest.approx(-1)

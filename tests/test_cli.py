@@ -128,7 +128,7 @@ def test_tune_measures_a_models_layers_where_the_kernels_look_for_them(taq, mode
     # two M.
     assert (done["measured"], done["kept"], done["left"]) == (5 * 3 * 2, 0, 0)
     assert done["output"] == str(tmp_path / "cache" / "taq_kernels" / "tuned" / "cpu.json")
-    entries = tuned.latencies_for("cpu")
+    entries = tuned.table_for("cpu").latencies
     assert {(e.rows, e.columns) for e in entries} == {(512, 256), (256, 256), (768, 256), (256, 384), (3072, 256)}
     assert all(e.us > 0 for e in entries)
     before = Path(done["output"]).read_text()

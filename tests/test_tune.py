@@ -58,7 +58,7 @@ def test_a_table_is_found_by_the_layers_rows_whatever_their_order(folders):
     assert tuned.configs_for(GPU, [(4, 4096), (8, 1024), (16, 1024)], 4096, 64) is None
     assert tuned.configs_for(GPU, [(4, 4096), (8, 1024), (16, 1024)], 8192, 128) is None
     assert tuned.configs_for("NVIDIA Other", [(4, 4096), (8, 1024), (16, 1024)], 4096, 128) is None
-    assert tuned.latencies_for(GPU) == (LATENCY,)
+    assert tuned.table_for(GPU).latencies == (LATENCY,)
 
 
 def test_an_unmeasured_mixture_gets_the_launch_of_its_widest_quantized_bits(folders):
@@ -75,7 +75,7 @@ def test_the_users_table_wins_entry_by_entry(folders):
     table([mine], []).save(user / "nvidia-test-1.json")
     assert tuned.configs_for(GPU, [(8, 6144)], 4096, 128) == {16: {"block_m": 32}}
     assert tuned.configs_for(GPU, [(4, 4096), (8, 1024), (16, 1024)], 4096, 128) == {16: CONFIG}
-    assert tuned.latencies_for(GPU) == (LATENCY,)
+    assert tuned.table_for(GPU).latencies == (LATENCY,)
 
 
 def test_what_is_looked_up_cannot_change_the_table(folders):

@@ -35,6 +35,7 @@ LARGEST_ERROR = 1e-2
 before as much again, partial sums that are added up in bf16 (others' split K by atomics, up to 16) up to 4 times as
 much; swapped codes or scales are an error near 1."""
 
+# As in taq_vllm.units, which this package must not import: it is served without it.
 _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",

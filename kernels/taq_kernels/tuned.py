@@ -365,18 +365,6 @@ def table_for(device: str) -> Table:
     return _tables(device, user_file(device), CPU if device == CPU else "cuda")
 
 
-def latencies_for(device: str) -> tuple[LatencyEntry, ...]:
-    """All latencies that were measured on a device.
-
-    Args:
-        device: a GPU's name, or `CPU`.
-
-    Raises:
-        ValueError: the device's table is damaged.
-    """
-    return table_for(device).latencies
-
-
 @cache
 def _tables(device: str, user: Path, kind: str) -> Table:
     """The packaged table with the user's entries over it; the user's file is an argument so that tests can move it."""

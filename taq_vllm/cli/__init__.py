@@ -6,7 +6,7 @@ JSON object to stdout. Each module of this package holds the commands that it is
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -52,5 +52,17 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", highlight=False, markup=False, style="red")
-        sys.exit(1)
+        _fail(str(error))
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")  # commands that do not need it have not waited for it
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        _fail(
+            f"the GPU's memory is full ({str(error).splitlines()[0]}): give less of it to hidden states "
+            "(--hidden-memory), run smaller batches (--set max_tokens=1024, --set batch_size=1), or use --device cpu"
+        )
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(f"error: {message}", highlight=False, markup=False, style="red")
+    sys.exit(1)

@@ -27,7 +27,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Force = Annotated[bool, typer.Option("--force", help="Replace another result that is at the output.")]
 Device = Annotated[str, typer.Option(help="Where blocks run: auto (a GPU if there is one), cpu, cuda, cuda:1 ...")]
 HiddenMemory = Annotated[
-    str, typer.Option(help="Memory for hidden states, as 2GiB; what exceeds it lies in files without names.")
+    str,
+    typer.Option(
+        help="Memory for hidden states, as 2GiB: the GPU's where blocks run on one. What exceeds it lies in files "
+        "without names."
+    ),
 ]
 DEFAULT_HIDDEN_MEMORY = "2GiB"
 SpillFolder = Annotated[
@@ -108,13 +112,17 @@ def calibration_of(
 
 def memory_of(text: str) -> int:
     """Bytes, from `2GiB`."""
-    limits = parse_budget(text)
+    try:
+        limits = parse_budget(text)
+    except ValueError:
+        limits = ()
     if len(limits) != 1 or limits[0].unit not in BYTE_UNITS:
         raise typer.BadParameter(f"got memory {text!r}; write it as 2GiB (units: {', '.join(BYTE_UNITS)})")
     return int(limits[0].amount * BYTE_UNITS[limits[0].unit])
 
 
 def request_of(
+    *,
     budget: str,
     allocation: str,
     edges: int,
@@ -142,17 +150,17 @@ def request_of(
         )
     chosen = dict.fromkeys(symmetric or (), True) | dict.fromkeys(asymmetric or (), False)
     return Request(
-        budget,
-        allocation,
-        edges,
-        edge_bits,
-        tuple(pin or ()),
-        SYMMETRIC | chosen,
-        cast(Granularity, granularity),
-        tuple(sorted({int(width) for width in widths})),
-        head,
-        uniform_fused,
-        latencies,
+        budget=budget,
+        allocation=allocation,
+        edges=edges,
+        edge_bits=edge_bits,
+        pins=tuple(pin or ()),
+        symmetric=SYMMETRIC | chosen,
+        granularity=cast(Granularity, granularity),
+        menu=tuple(sorted({int(width) for width in widths})),
+        head=head,
+        uniform_fused=uniform_fused,
+        latencies=latencies,
     )
 
 
@@ -193,7 +201,10 @@ def summary(plan: Plan) -> str:
     """A plan in a sentence."""
     counts = ", ".join(f"{count} at {bits} bits" for bits, count in plan.counts().items() if count)
     budget = plan.budget
-    latency = "" if budget.latency_us is None else f", {budget.latency_us / 1000:.3f} ms per decode step (predicted)"
+    latency = "".join(
+        f", {us / 1000:.3f} ms per decode step of batch {batch} (predicted)"
+        for batch, us in (budget.latency_us or {}).items()
+    )
     return (
         f"{len(plan.matrices)} matrices ({counts}), {budget.average_bits:.3f} bits per planned weight, "
         f"{budget.disk_bytes / 1e6:.2f} MB on disk, {budget.resident_bytes / 1e6:.2f} MB in memory{latency}"
@@ -209,10 +220,10 @@ def print_scores(scores: Scores) -> None:
         table.add_column(column, justify="right")
     ranks = {unit: rank for rank, unit in enumerate(scores.ranking)}
     for entry in scores.units:
-        values = [str(v) if isinstance(v, bool) else f"{v:.4f}" for v in (entry.details[name] for name in details)]
-        stderr = "" if entry.stderr is None else f"{entry.stderr:.4f}"
+        values = [str(v) if isinstance(v, bool) else f"{v:.3g}" for v in (entry.details[name] for name in details)]
+        stderr = "" if entry.stderr is None else f"{entry.stderr:.2g}"
         marks = [str(entry.from_zero)] if tested else []
-        table.add_row(entry.unit, str(ranks[entry.unit]), f"{entry.score:+.4f}", stderr, *marks, *values)
+        table.add_row(entry.unit, str(ranks[entry.unit]), f"{entry.score:+.3g}", stderr, *marks, *values)
     out.print(table)
     out.print(f"{scores.seconds:.1f} s, peak memory {scores.peak_memory_bytes / 1e6:.0f} MB")
 
@@ -235,7 +246,7 @@ def print_plan(plan: Plan, files: ModelFiles) -> None:
         matrices = "all" if len(widths) == 1 else ", ".join(f"{names} {bits}" for bits, names in by_bits.items())
         reasons = "/".join(sorted({entry.why for entry in entries.values()}))
         scores = sorted({entry.score for entry in entries.values() if entry.score is not None})
-        score = "" if not scores else f"{scores[0]:+.4f}" + (f" to {scores[-1]:+.4f}" if len(scores) > 1 else "")
+        score = "" if not scores else f"{scores[0]:+.3g}" + (f" to {scores[-1]:+.3g}" if len(scores) > 1 else "")
         table.add_row(group, "/".join(map(str, widths)), "" if group == HEAD else matrices, reasons, score)
     out.print(table)
     full = sum(2 * rows * columns for rows, columns in files.matrices.values()) + files.bytes_beside(files.matrices)

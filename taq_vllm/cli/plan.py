@@ -104,18 +104,18 @@ def plan(
     files = ModelFiles(model)
     latencies = latencies_of(budget, device_table, for_device, threads, fixed_ms)
     request = request_of(
-        budget[0],
-        allocation,
-        edges,
-        edge_bits,
-        pin,
-        granularity,
-        menu,
-        head,
-        uniform_fused,
-        symmetric,
-        asymmetric,
-        latencies,
+        budget=budget[0],
+        allocation=allocation,
+        edges=edges,
+        edge_bits=edge_bits,
+        pin=pin,
+        granularity=granularity,
+        menu=menu,
+        head=head,
+        uniform_fused=uniform_fused,
+        symmetric=symmetric,
+        asymmetric=asymmetric,
+        latencies=latencies,
     )
     made = _scores(files, scores, baseline, seed, granularity, head)
     plans = {
@@ -203,17 +203,17 @@ def curve(
     if made is None:
         raise ValueError("a curve needs scores: give --scores FILE or --baseline NAME")
     request = request_of(
-        "16bits",
-        "knapsack",
-        edges,
-        edge_bits,
-        pin,
-        granularity,
-        menu,
-        head,
-        uniform_fused,
-        symmetric,
-        asymmetric,
+        budget="16bits",
+        allocation="knapsack",
+        edges=edges,
+        edge_bits=edge_bits,
+        pin=pin,
+        granularity=granularity,
+        menu=menu,
+        head=head,
+        uniform_fused=uniform_fused,
+        symmetric=symmetric,
+        asymmetric=asymmetric,
     )
     points = trade_off(files, made, request, between)
     write_csv(points, output)
@@ -330,6 +330,10 @@ def _print_explanation(loaded: Plan, each: "Explanation") -> None:
         error = "" if each.stderr is None else f" +- {each.stderr:.2g}"
         rank = "" if each.rank is None else f", rank {each.rank + 1} of {each.units} (1 needs precision most)"
         out.print(f"  score {each.score:+.4g}{error}{rank}")
+    for cost in each.costs:
+        error = "" if cost.stderr is None else f" +- {cost.stderr:.2g}"
+        measured = "not measured" if cost.measured is None else f"measured {cost.measured:+.3g}{error}"
+        out.print(f"  at {cost.bits} bits: cost {cost.used:.3g} ({measured})")
     for label, move in (("up", each.up), ("down", each.down)):
         if move is not None:
             out.print(

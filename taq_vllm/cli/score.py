@@ -67,8 +67,22 @@ def score(
     scores, fresh = run(files, chosen, scorer, output, settings, on, force, granularity, head, limit, spill_folder)
     if world()[0] > 0:
         return
+    left = _of_other_requests(output)
+    left_bytes = sum(file.stat().st_size for file in left)
     if as_json:
-        print_json(scores.model_dump(mode="json") | {"done_before": not fresh})
+        beside = {"unfinished_files": len(left), "unfinished_bytes": left_bytes}
+        print_json(scores.model_dump(mode="json") | {"done_before": not fresh} | beside)
         return
     print_scores(scores)
     out.print(f"{output} {'written' if fresh else 'was finished already; nothing was run'}")
+    if left:
+        out.print(
+            f"{len(left)} files of other requests that did not finish lie beside it ({left_bytes / 1e6:.1f} MB), as "
+            f"{left[0]}: the same command goes on with them; delete them if it is not to be run again"
+        )
+
+
+def _of_other_requests(output: Path) -> list[Path]:
+    """Journals of scores that were begun for this output: those of the request at hand are gone when it is done."""
+    begun = (file for start in ("", ".") for file in output.parent.glob(f"{start}{output.name}.*.journal*"))
+    return sorted(file for file in begun if file.is_file())

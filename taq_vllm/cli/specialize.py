@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 from taq_vllm.cli.options import (
+    DEFAULT_HIDDEN_MEMORY,
     AllocationOption,
+    Asymmetric,
     BudgetOption,
     Device,
     DeviceTable,
@@ -14,7 +16,9 @@ from taq_vllm.cli.options import (
     Edges,
     Examples,
     FixedMs,
+    ForDevice,
     GeneralData,
+    HiddenMemory,
     Inputs,
     Json,
     MethodOption,
@@ -26,10 +30,13 @@ from taq_vllm.cli.options import (
     PlanHead,
     ScorerOption,
     Setting,
+    Symmetric,
     TaskOption,
+    Threads,
     UniformFused,
     calibration_of,
     latencies_of,
+    memory_of,
     out,
     print_json,
     print_plan,
@@ -55,6 +62,8 @@ def specialize(
     edges: Edges = 0,
     edge_bits: EdgeBits = 16,
     pin: Pin = None,
+    symmetric: Symmetric = None,
+    asymmetric: Asymmetric = None,
     method: MethodOption = "clip",
     method_set: MethodSetting = None,
     examples: Examples = 128,
@@ -63,7 +72,11 @@ def specialize(
     general_data: GeneralData = None,
     device_table: DeviceTable = None,
     fixed_ms: FixedMs = None,
+    for_device: ForDevice = None,
+    threads: Threads = None,
     device: Device = "auto",
+    hidden_memory: HiddenMemory = DEFAULT_HIDDEN_MEMORY,
+    force: Annotated[bool, typer.Option("--force", help="Replace other scores in OUTPUT.work.")] = False,
     as_json: Json = False,
 ) -> None:
     """Score, plan, quantize and verify in one go; scores and plan are kept in OUTPUT.work."""
@@ -73,18 +86,21 @@ def specialize(
 
     files = ModelFiles(model)
     request = request_of(
-        budget,
-        allocation,
-        edges,
-        edge_bits,
-        pin,
-        granularity,
+        budget=budget,
+        allocation=allocation,
+        edges=edges,
+        edge_bits=edge_bits,
+        pin=pin,
+        granularity=granularity,
         head=head,
         uniform_fused=uniform_fused,
-        latencies=latencies_of([budget], device_table, None, None, fixed_ms),
+        symmetric=symmetric,
+        asymmetric=asymmetric,
+        latencies=latencies_of([budget], device_table, for_device, threads, fixed_ms),
     )
     calibration = calibration_of(method, examples, inputs, method_set, mix_general, general_data)
-    done = run(files, load_task(task), output, request, calibration, scorer, settings_of(setting), start(device))
+    limit, chosen = memory_of(hidden_memory), load_task(task)
+    done = run(files, chosen, output, request, calibration, scorer, settings_of(setting), start(device), force, limit)
     if world()[0] > 0:
         return
     if as_json:

@@ -1,5 +1,6 @@
 """`taq tune`: the fastest kernel launches on this device, and how long each matrix and the rest of a step take."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,6 +46,7 @@ def tune(
         bits = {name: entry.bits for name, entry in loaded.matrices.items()}
     if step and tensor_parallel_size > 1:
         raise typer.BadParameter("--step is measured on one device; leave out --tensor-parallel-size")
+    started = time.monotonic()
     heads = files.config["num_attention_heads"]
     kv_heads = files.config.get("num_key_value_heads") or heads
     chosen = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -61,8 +63,8 @@ def tune(
     counts = {"measured": outcome.measured, "kept": outcome.kept, "left": outcome.left}
     table = outcome.table
     if step and not outcome.left:
-        table = _with_steps(table, files, counted, chosen, force)
-        table.save(outcome.path)
+        seconds = float("inf") if max_seconds is None else started + max_seconds - time.monotonic()
+        table, counts["left"] = _with_steps(table, outcome.path, files, counted, chosen, force, seconds)
     if as_json:
         print_json({"output": str(outcome.path), "device": table.device, **counts, "steps": len(table.steps)})
         return
@@ -73,15 +75,24 @@ def tune(
         f"{outcome.path}: {len(outcome.table.configs)} configurations and {len(outcome.table.latencies)} latencies; "
         f"{outcome.measured} measured now, {outcome.kept} were there"
     )
-    if outcome.left:
-        after = "; a step is measured when all are there" if step else ""
-        out.print(f"{outcome.left} are left: run it again to continue{after}")
+    if counts["left"]:
+        after = "; a step is measured when all are there" if step and outcome.left else ""
+        out.print(f"{counts['left']} are left: run it again to continue{after}")
 
 
 def _with_steps(
-    table: "TunedTable", files: ModelFiles, tokens: tuple[int, ...], device: "torch.device", force: bool
-) -> "TunedTable":
-    """The table with what a decode step takes beside its matrices, for each M that it lacks."""
+    table: "TunedTable",
+    path: Path,
+    files: ModelFiles,
+    tokens: tuple[int, ...],
+    device: "torch.device",
+    force: bool,
+    seconds: float,
+) -> tuple["TunedTable", int]:
+    """The table with what a decode step takes beside its matrices, for each M that it lacks; how many it still lacks.
+
+    It is saved after every M.
+    """
     import torch
     from taq_kernels.tuned import StepEntry
 
@@ -92,12 +103,24 @@ def _with_steps(
     shape = model_shape(files.matrices, files.head)
     known = set() if force else {entry.key for entry in table.steps}
     batches = [count for count in tokens if (shape, count, threads) not in known]
-    if not batches:
-        return table
+    if not batches or seconds <= 0:
+        return table, len(batches)
     latencies = Latencies.of_table(table, "the table", threads)
-    steps = measure_steps(files, batches, device.type)
-    rests = [(step, rest_of(step, latencies, files)) for step in steps]
-    return table.with_entries(steps=[StepEntry(shape, step.batch, threads, us, step.us) for step, us in rests])
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what this process keeps is not there for the engine
+    measured = 0
+    for step in measure_steps(files, batches, device, seconds):
+        rest = rest_of(step, latencies, files)
+        if rest < 0:
+            typer.echo(
+                f"batch {step.batch}: a step takes {step.us:.1f} us, {-rest:.1f} less than its matrices one by one: "
+                "the engine overlaps them. The rest counts as 0, and predictions are that much too long",
+                err=True,
+            )
+        table = table.with_entries(steps=[StepEntry(shape, step.batch, threads, max(0.0, rest), step.us)])
+        table.save(path)
+        measured += 1
+    return table, len(batches) - measured
 
 
 def _device(name: str) -> "torch.device":
@@ -118,7 +141,10 @@ def _token_counts(text: str) -> tuple[int, ...]:
 
 def _print_steps(tuned: "TunedTable") -> None:
     """Microseconds of decode steps by model, threads and M."""
-    grid = Table(title=f"decode steps of 16-bit models on {tuned.device}, in microseconds")
+    from taq_vllm.step_latency import CONTEXT
+
+    context = f"sequences of {CONTEXT[0]} to {CONTEXT[1]} tokens"
+    grid = Table(title=f"decode steps of 16-bit models on {tuned.device}, {context}, in microseconds")
     for column in ("model's shapes", "threads", "batch", "whole step", "beside matrices and head"):
         grid.add_column(column, justify="right")
     for entry in sorted(tuned.steps, key=lambda entry: entry.key):
