@@ -11,8 +11,12 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from taq_vllm import __version__
 from taq_vllm.plan import ModelRef, Record, ScorerRef, TaskRef, write_atomically
 from taq_vllm.units import Granularity
+
+MADE_BY = f"taq-vllm {__version__}"
+_FIRST_VERSION = "taq-vllm 0.1.0"
 
 
 class UnitScore(Record):
@@ -63,6 +67,8 @@ class Scores(Record):
     seconds: float
     peak_memory_bytes: int
     """Highest resident memory of the process until then, libraries included; a GPU's memory is not in it."""
+    made_by: str = _FIRST_VERSION
+    """Package and version: another one may score otherwise, and does not answer from this file."""
 
     @property
     def ranking(self) -> list[str]:
