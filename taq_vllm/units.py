@@ -4,7 +4,8 @@ A *unit* is a set of matrices that get the same bits. Its name is Hugging Face's
 
 - `layer`: a transformer block, `model.layers.3` (the paper's unit, arXiv 2511.06516);
 - `fused`: what a server loads as one matrix, `model.layers.3.self_attn.qkv_proj`, `model.layers.3.mlp.gate_up_proj`,
-  beside `o_proj` and `down_proj`. Plans of this kind load in stock servers;
+  beside `o_proj` and `down_proj`. Plans of this kind load in stock servers, unless pins give the parts of one of them
+  different bits (`--uniform-fused` refuses those);
 - `module`: each matrix for itself, `model.layers.3.self_attn.q_proj`.
 
 The head, `lm_head`, is a unit of its own at every granularity. Pure Python.

@@ -161,6 +161,8 @@ def test_missing_measurements_are_named_with_what_to_run(files, tmp_path):
         replace(latencies, us={k: v for k, v in latencies.us.items() if k[0] != 768}), "768 x 256 .* no such matrix"
     )
     refused(replace(latencies, us={k: v for k, v in latencies.us.items() if k[2] != 8}), "in 8 bits at batch 16")
+    with pytest.raises(ValueError, match=r"measures 4, 8, 16 bits, not 3: choose --menu 4,8,16"):
+        allocate(files, baseline(files, "edges"), Request("9ms@batch=16", menu=(3, 4, 8), latencies=latencies))
     refused(replace(latencies, steps={}), "--step --m 16.*--fixed-ms")
     given = replace(latencies, steps={}, fixed_ms=1.5)
     plan = allocate(files, baseline(files, "edges"), Request("9ms@batch=16", latencies=given))

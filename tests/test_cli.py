@@ -8,6 +8,7 @@ import torch
 from tiny_models import make_tiny
 
 import taq_vllm.cli
+import taq_vllm.scoring
 from taq_vllm.plan import Plan
 
 
@@ -87,15 +88,102 @@ def test_dry_runs_print_sizes_and_write_nothing(taq, model, tmp_path):
         (["quantize", "MODEL", "--plan", "/nowhere.json", "-o", "OUT"], 1, "no plan at"),
         (["verify", "MODEL"], 1, "manifest.json"),
         (["frobnicate"], 2, "frobnicate"),
+        (["score", "MODEL", "--hidden-memory", "2G"], 2, "write it as 2GiB"),
+        (
+            ["plan", "MODEL", "--baseline", "edges", "--budget", "5bits", "--symmetric", "4", "--asymmetric", "4"],
+            2,
+            "one",
+        ),
+        (["specialize", "MODEL", "--task", "TASK", "--budget", "8bits", "-o", "OUT", "--head"], 1, "--pin lm_head=8"),
     ],
 )
-def test_wrong_input_is_one_clear_message_and_the_right_exit_code(taq, model, tmp_path, arguments, code, said):
-    names = {"MODEL": model, "OUT": tmp_path / "out"}
+def test_wrong_input_is_one_clear_message_and_the_right_exit_code(taq, model, task, tmp_path, arguments, code, said):
+    names = {"MODEL": model, "TASK": task, "OUT": tmp_path / "out"}
     got, _, error = taq(*(names.get(a, a) for a in arguments))
     assert got == code
     assert said in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_several_budgets_a_curve_a_difference_and_an_explanation(taq, model, tmp_path):
+    ask = ("--baseline", "random", "--granularity", "module")
+    code, text, _ = taq(
+        "plan", model, *ask, "--budget", "6bits", "--budget", "8bits", "-o", tmp_path / "p.json", "--json"
+    )
+    assert code == 0
+    files = [each["output"] for each in json.loads(text)["plans"]]
+    assert [Path(file).name for file in files] == ["p-6bits.json", "p-8bits.json"]
+
+    code, text, _ = taq("plan", "diff", *files)
+    assert code == 0
+    assert "matrices differ" in text
+    code, text, _ = taq("plan", "explain", files[0], "1")
+    assert code == 0
+    assert "model.layers.1.mlp.down_proj: " in text
+
+    command = ("plan", "curve", model, *ask, "-o", tmp_path / "c.csv", "--points", "3", "--json")
+    code, text, _ = taq(*command, "--plot", tmp_path / "c.png")
+    assert code == 0
+    done = json.loads(text)
+    assert 0 < done["corners"] <= done["points"] <= done["corners"] + 3
+    assert len((tmp_path / "c.csv").read_text().splitlines()) == done["points"] + 1
+    assert (tmp_path / "c.png").is_file()
+
+
+def test_symmetry_is_chosen_by_bitwidth(taq, model, tmp_path):
+    ask = ("plan", model, "--baseline", "edges", "--budget", "6bits", "-o", tmp_path / "p.json")
+    assert taq(*ask, "--symmetric", "4", "--asymmetric", "8")[0] == 0
+    assert {(m.bits, m.symmetric) for m in Plan.load(tmp_path / "p.json").matrices.values()} >= {(4, True), (8, False)}
+
+
+def test_a_plan_in_milliseconds_of_another_devices_table(taq, model, tmp_path):
+    from taq_kernels import tuned
+    from taq_kernels.tuned import LatencyEntry, Table
+
+    shapes = ((512, 256), (256, 256), (768, 256), (256, 384), (3072, 256))
+    latencies = tuple(LatencyEntry(n, k, bits, 128, 4, 0, bits * n / 100) for n, k in shapes for bits in (4, 8, 16))
+    Table("NVIDIA Test 1", tuned.kernel_version("cuda"), {}, (), latencies).save(tmp_path / "t.json")
+    ask = ("plan", model, "--baseline", "edges", "--budget", "2ms@batch=4", "-o", tmp_path / "p.json")
+    ask = (*ask, "--device-table", tmp_path / "t.json", "--for-device", "NVIDIA Test 1")
+    assert taq(*ask)[0] == 1  # nothing says what a step takes beside its matrices
+    code, text, _ = taq(*ask, "--fixed-ms", "0.5")
+    assert code == 0
+    assert "ms per decode step of batch 4 (predicted)" in text
+    assert 500 < Plan.load(tmp_path / "p.json").budget.latency_us[4] <= 2000
+
+
+def test_a_dry_run_of_scoring_keeps_its_hidden_states_small_and_writes_no_scores(taq, model, task, tmp_path):
+    ask = ("score", model, "--task", task, "-o", tmp_path / "s.json", "--hidden-memory", "1kB")
+    code, text, _ = taq(*ask, "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(text)
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_unfinished_work_of_other_requests_is_told(taq, model, tmp_path):
+    (tmp_path / "s.json.0123456789ab.journal.hidden").write_bytes(bytes(2_000_000))
+    code, text, _ = taq("score", model, "--scorer", "random", "-o", tmp_path / "s.json")
+    assert code == 0
+    assert "1 files of other requests that did not finish lie beside it (2.0 MB)" in text
+
+
+def test_specialize_again_with_another_setting_scores_again(taq, model, task, tmp_path):
+    ask = ("specialize", model, "--task", task, "--budget", "6bits", "--scorer", "random", "--method", "rtn", "--json")
+    assert taq(*ask, "-o", tmp_path / "out", "--set", "seed=1")[0] == 0
+    taq(*ask, "-o", tmp_path / "out", "--set", "seed=2")
+    assert len(list((tmp_path / "out.work").glob("scores-random-*.json"))) == 2
+
+
+def test_a_full_gpu_is_one_message_that_says_what_to_lower(taq, model, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    monkeypatch.setattr(taq_vllm.scoring, "score", full)
+    code, _, error = taq("score", model, "--scorer", "random")
+    assert code == 1
+    assert "Tried to allocate 1 GiB" in error
+    assert "--hidden-memory" in error
 
 
 def test_the_installed_command_answers():

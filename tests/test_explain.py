@@ -100,6 +100,27 @@ def test_gains_are_the_scorers_own_costs_where_the_plan_was_made_from_them(files
     assert found.up.per_byte == pytest.approx(0.9 / found.up.disk_bytes)
     with pytest.raises(ValueError, match="give the file it was made from"):
         explain(plan, "0", baseline(files, "edges"))
+    with pytest.raises(ValueError, match="by module, the plan was made from some by layer"):
+        explain(plan, "0", costly.model_copy(update={"granularity": "module"}))
+
+
+def test_a_measured_cost_stands_beside_the_one_that_was_used(files, scores):
+    units = tuple(
+        UnitScore(unit=entry.unit, score=0, costs={4: 1.0, 8: -0.2}, cost_stderrs={4: 0.1, 8: 0.3})
+        for entry in scores.units
+    )
+    costly = scores.model_copy(update={"units": units, "cost_unit": "nats"})
+    [found] = explain(allocate(files, costly, Request("6bits", "knapsack")), "0", costly)
+    assert [(c.bits, c.used, c.measured, c.stderr) for c in found.costs] == [
+        (4, 1.0, 1.0, 0.1),
+        (8, 0.0, -0.2, 0.3),
+        (16, 0.0, None, None),
+    ]
+
+
+def test_a_uniform_plan_with_scores_is_explained_without_a_rank(files, scores):
+    [found] = explain(allocate(files, scores, Request("9bits", "uniform")), "0")
+    assert (found.why, found.rank) == (("uniform",), None)
 
 
 def test_a_plan_that_was_edited_is_not_explained_by_budgets(files, scores):
