@@ -13,12 +13,24 @@ from safetensors.torch import load_file
 from tiny_models import make_tiny
 from transformers import AutoModelForCausalLM
 
+from taq_vllm import journal
 from taq_vllm.allocate import Request, allocate
-from taq_vllm.checkpoint import Calibration, check_tensors, pack, quantize_model, unpack, verify
+from taq_vllm.checkpoint import (
+    Calibration,
+    calibration_batches,
+    check_tensors,
+    disk_bytes,
+    pack,
+    quantize_model,
+    unpack,
+    verify,
+)
+from taq_vllm.hidden_states import HiddenStates
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import MatrixPlan, Plan
 from taq_vllm.quantizer import Quantized, quantize
 from taq_vllm.scoring import baseline
+from taq_vllm.stream import StreamedModel
 from taq_vllm.tasks import load_task
 
 MIXED_LAYER = ("layers.1.self_attn.q_proj=4", "layers.1.self_attn.k_proj=8", "layers.1.self_attn.v_proj=16")
@@ -248,6 +260,69 @@ def test_a_disk_known_to_be_too_small_is_refused_before_anything_is_written(file
         quantize_model(files, plan, tmp_path / "out", RTN)
     assert error.value.errno == errno.ENOSPC
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("method", "inputs", "chains", "held"),
+    [("rtn", "quantized", 0, 0), ("clip", "quantized", 1, 1), ("gptq", "full", 1, 2), ("learned", "quantized", 2, 2)],
+)
+def test_hidden_states_count_among_what_the_disk_must_hold(
+    files, plan, task, tmp_path, monkeypatch, method, inputs, chains, held
+):
+    calibration = Calibration(
+        method, examples=6, batch_size=3, inputs=inputs, settings={"steps": 1} if method == "learned" else {}
+    )
+    model = StreamedModel(files, "cpu", hidden_limit_bytes=0)
+    batches = calibration_batches(model, calibration, task)
+    sizes = [batch.input_ids.numel() * 256 * model.compute_dtype.itemsize for batch in batches]
+    needed = disk_bytes(model, plan, calibration, batches)
+    # Saved twice over, and all that is held is spilled: while a batch is replaced it is there twice.
+    states = 2 * chains * sum(sizes) + held * sum(sizes) + max(sizes, default=0)
+    assert needed == plan.budget.disk_bytes + states
+    most, save = [0], HiddenStates.save
+
+    def watched(self, file, blocks):
+        save(self, file, blocks)
+        kept = sum(each.stat().st_size for each in file.parent.glob("*.safetensors") if each.name.startswith("states"))
+        most.append(kept + self._storage.spilled_bytes)
+
+    monkeypatch.setattr(HiddenStates, "save", watched)
+    quantize_model(files, plan, tmp_path / "out", calibration, task, "cpu", hidden_limit_bytes=0)
+    headers = 2000 * chains
+    assert (
+        0.7 * states <= max(most) <= states + headers
+    )  # with inputs in full, and at the replacing, more than when saved
+    usage = shutil.disk_usage(tmp_path)
+    enough = needed + (64 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=enough - 1))
+    with pytest.raises(OSError, match="more and its disk has"):
+        quantize_model(files, plan, tmp_path / "again", calibration, task, "cpu", hidden_limit_bytes=0)
+
+
+def test_a_journal_ends_before_its_first_damaged_line(tmp_path):
+    file = tmp_path / "journal.jsonl"
+    assert journal.read(file) == []
+    for number in range(4):
+        journal.append(file, {"n": number})
+    lines = file.read_bytes().splitlines(keepends=True)
+    whole = [{"n": number} for number in range(4)]
+    for damaged in (b'{"n": 1\n', b"\x00\x00\x00\n", b"\xff\xfe\n", b"7\n", b"\n"):
+        file.write_bytes(lines[0] + damaged + lines[2])
+        assert journal.read(file, mend=False) == whole[:1]
+        assert file.read_bytes() == lines[0] + damaged + lines[2]
+        assert journal.read(file) == whole[:1]
+        journal.append(file, {"n": 9})
+        assert journal.read(file) == [whole[0], {"n": 9}]
+    file.write_bytes(b"".join(lines)[:-3])
+    assert journal.read(file) == whole[:3]
+    assert file.read_bytes() == b"".join(lines[:3])
+
+
+def test_a_line_is_on_disk_when_it_is_appended(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size) or sync(handle))
+    journal.append(tmp_path / "journal.jsonl", {"n": 1})
+    assert synced == [len(b'{"n": 1}\n')]
 
 
 @pytest.fixture

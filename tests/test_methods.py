@@ -11,6 +11,7 @@ from tiny_models import make_tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import taq_vllm.cli
 from taq_vllm.checkpoint import Calibration, Shards, quantize_model, unpack, verify
 from taq_vllm.fitting import Block, method_named, settings_of
 from taq_vllm.hidden_states import HiddenStates
@@ -470,3 +471,61 @@ def test_wrong_methods_and_settings_name_what_there_is():
         assert module.__doc__
         assert isinstance(module.READS_INPUTS, bool)
         assert isinstance(module.READS_OUTPUTS, bool)
+
+
+# The command line.
+
+
+@pytest.fixture
+def taq(monkeypatch, capsys):
+    """Run the command in this process: (exit code, what it wrote)."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["taq", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            taq_vllm.cli.main()
+        output = capsys.readouterr()
+        return ended.value.code or 0, output.out + " ".join(output.err.split())
+
+    return run
+
+
+@pytest.fixture
+def asked(uneven, task, tmp_path):
+    """What `taq quantize` is given."""
+    files = uneven("qwen3")
+    plan_of(files, mixed).save(tmp_path / "plan.json")
+    words = ["quantize", files.path, "--plan", tmp_path / "plan.json", "--task", task.path, "-o", tmp_path / "out"]
+    (tmp_path / "general.txt").write_text(" ".join(f"word{i}" for i in range(600)))
+    return [*words, "--examples", "8"]
+
+
+def test_the_command_line_sets_methods_and_mixes_general_text(taq, asked, tmp_path):
+    general = ["--mix-general", "0.25", "--general-data", tmp_path / "general.txt"]
+    settings = ["--method", "gptq", "--method-set", "damping=0.05", "--method-set", "clip=false"]
+    code, said = taq(*asked, *settings, *general)
+    assert code == 0, said
+    made_by = json.loads((tmp_path / "out" / "manifest.json").read_text())["made_by"]
+    assert made_by["settings"] == {"damping": 0.05, "clip": False, "sequential": True, "act_order": False}
+    assert (made_by["task"]["examples"], made_by["general"]["examples"]) == (6, 2)
+    assert made_by["calibration"]["mix_general"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "gptq", "--method-set", "dampin=0.1"], "its settings are damping, clip"),
+        (["--method", "gptq", "--method-set", "damping=2"], "method gptq, damping"),
+        (["--method", "rtn", "--method-set", "steps=2"], "its settings are none"),
+        (["--method-set", "damping"], "damping"),
+        (["--mix-general", "1.5", "--general-data", "FILE"], "a share, from 0 to 1"),
+        (["--mix-general", "0.5"], "needs --general-data FILE"),
+        (["--general-data", "FILE"], "needs --mix-general RATIO"),
+        (["--mix-general", "0.5", "--general-data", "nothing.txt"], "no general data at nothing.txt"),
+    ],
+)
+def test_wrong_options_are_named_and_nothing_is_written(taq, asked, tmp_path, words, said):
+    code, found = taq(*asked, *(tmp_path / "general.txt" if word == "FILE" else word for word in words))
+    assert code in (1, 2)
+    assert said in " ".join(found.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
