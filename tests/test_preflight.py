@@ -219,14 +219,20 @@ def test_what_is_spilled_counts_on_the_disk_where_it_is_spilled(small, task_file
 
 
 _TOGETHER = """
-import sys
+import json, sys
 from taq_vllm.cli import main
-main()
+for command in json.loads(sys.argv.pop()):
+    sys.argv[1:] = command
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code
+    print("end", flush=True)
 """
 
 
-def _torchrun(processes, *arguments):
-    """What `taq` prints in each of several processes."""
+def _torchrun(processes, *commands):
+    """What `taq` prints for each command in each of several processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -235,7 +241,7 @@ def _torchrun(processes, *arguments):
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", _TOGETHER, *map(str, arguments)],
+            [sys.executable, "-c", _TOGETHER, json.dumps([[str(word) for word in command] for command in commands])],
             env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
@@ -244,28 +250,26 @@ def _torchrun(processes, *arguments):
     ]
     answers = [child.communicate(timeout=300)[0] for child in children]
     assert [child.returncode for child in children] == [0] * processes
-    return answers
+    return [answer.split("end\n")[:-1] for answer in answers]
 
 
 def test_processes_share_the_examples_of_an_estimate_and_one_prints_it(small, task_file, tmp_path):
     files, output = ModelFiles(small), tmp_path / "s.json"
     task = ["--task", task_file, "--device", "cpu", "--json", "--dry-run"]
     alone = preflight.score_estimate(files, load_task(task_file), "taq", output, {"batch_size": 1}, "cpu")
-    first, *others = _torchrun(2, "score", small, *task, "-o", output, "--set", "batch_size=1")
-    assert others == [""]
-    together = json.loads(first)
+    plan = tmp_path / "plan.json"
+    allocate(files, baseline(files, "edges"), Request("6.0bits")).save(plan)
+    score = ["score", small, *task, "-o", output, "--set", "batch_size=1"]
+    quantize = ["quantize", small, *task, "--plan", plan, "-o", tmp_path / "out", "--examples", 4, "--method", "clip"]
+    (scored, quantized), others = _torchrun(2, score, quantize)
+    assert others == ["", ""]
+    assert list(tmp_path.iterdir()) == [plan]
+    together = json.loads(scored)
     assert together["block_runs"] == alone.block_runs
     # Examples are of nearly one length: half of them, and some padding
     share = together["memory_bytes"]["hidden states"] / alone.memory_bytes["hidden states"]
     assert share == pytest.approx(0.5, abs=0.05)
-
-    plan = tmp_path / "plan.json"
-    allocate(files, baseline(files, "edges"), Request("6.0bits")).save(plan)
-    quantize = ["quantize", small, "--plan", plan, "-o", tmp_path / "out", "--examples", 4, "--method", "clip"]
-    first, *others = _torchrun(2, *quantize, *task)
-    assert others == [""]
-    assert json.loads(first)["estimate"]["sampled_blocks"] == 2
-    assert list(tmp_path.iterdir()) == [plan]
+    assert json.loads(quantized)["estimate"]["sampled_blocks"] == 2
 
 
 def test_too_little_disk_is_said():
