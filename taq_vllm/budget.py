@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +45,7 @@ class Limit:
     """One amount that a plan must not exceed.
 
     Attributes:
-        text: as it was written, without spaces.
+        text: as it was written, without spaces and trailing zeros: one text for one limit.
         amount: of `unit`.
         unit: `bits`, one of `BYTE_UNITS`, or `ms`.
         batch: sequences per decode step, M; of `ms` only.
@@ -71,7 +72,8 @@ def parse_budget(budget: str) -> tuple[Limit, ...]:
                 "as a decode step's time: 9ms@batch=16. Several that must all hold are separated by commas"
             )
         amount, unit, batch = match.groups()
-        limits.append(Limit("".join(part.split()), Fraction(amount), unit or "ms", int(batch) if batch else None))
+        text = f"{Decimal(amount).normalize():f}{unit or f'ms@batch={batch}'}"
+        limits.append(Limit(text, Fraction(amount), unit or "ms", int(batch) if batch else None))
     return tuple(limits)
 
 
