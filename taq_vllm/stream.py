@@ -239,7 +239,8 @@ class StreamedModel:
             )
 
     def _read(self, name: str, dtype: torch.dtype) -> Tensor:
-        return self.files.read(name).to(device=self.device, dtype=dtype)
+        # Through 16 bits whatever the file holds and the walk computes in: what is served has no more.
+        return self.files.read(name).to(self.dtype).to(device=self.device, dtype=dtype)
 
 
 def _return_freed_memory() -> None:
