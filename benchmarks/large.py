@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -321,7 +322,7 @@ def run_in(work: Path) -> Path:
 
 
 def compare_twin(shape: Shape, work: Path, budget: str, threads: int, seed: int) -> dict[str, Any]:
-    """A killed run beside one that was not.
+    """A killed run and one that was not, side by side: their times are not of interest.
 
     Args:
         shape: of the twin.
@@ -337,16 +338,19 @@ def compare_twin(shape: Shape, work: Path, budget: str, threads: int, seed: int)
         RuntimeError: a command failed, or a run ended before it was killed.
     """
     model = make_model(shape, work / shape.name / "bf16")
-    found, steps = {}, {}
-    for name, kill_seed in (("interrupted", seed), ("whole", None)):
+
+    def run(name: str, kill_seed: int | None) -> tuple[list[Step], dict[str, str]]:
         folder = run_in(work / shape.name / name)
-        steps[name] = whole_way(model, folder, shape, _TWIN_METHOD, budget, threads, kill_seed)
-        found[name] = digests(folder)
-    killed, whole = found["interrupted"], found["whole"]
+        steps = whole_way(model, folder, shape, _TWIN_METHOD, budget, threads, kill_seed)
+        return steps, digests(folder)
+
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(run, "interrupted", seed), pool.submit(run, "whole", None)]
+        (steps, killed), (_, whole) = (each.result() for each in runs)
     return {
         "model": shape.name,
         "method": _TWIN_METHOD,
-        "killed_after": {step.name: step.killed_after for step in steps["interrupted"] if step.killed_after},
+        "killed_after": {step.name: step.killed_after for step in steps if step.killed_after},
         "files": len(whole),
         "files_that_differ": sorted(n for n in killed.keys() | whole.keys() if killed.get(n) != whole.get(n)),
     }

@@ -47,7 +47,6 @@ def score(
 ) -> None:
     """Score every unit of a model for a task: layers, fused layers or matrices."""
     from taq_vllm.distributed import start, world
-    from taq_vllm.preflight import score_estimate
     from taq_vllm.scoring import score as run
     from taq_vllm.tasks import load_task
 
@@ -59,6 +58,8 @@ def score(
     files, chosen = ModelFiles(model), load_task(task) if task else None
     on, limit = start(device), memory_of(hidden_memory)
     if dry_run:
+        from taq_vllm.preflight import score_estimate  # it loads all that quantizing needs
+
         asked = (files, chosen, scorer, output, settings, on, granularity, head, limit, spill_folder, force)
         estimate = score_estimate(*asked)
         if world()[0] == 0:
