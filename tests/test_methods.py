@@ -118,8 +118,9 @@ def test_gptq_factors_with_one_matrix_more_than_the_hessian(act_order):
         pytest.skip("this system does not let the peak of memory begin anew")
     before = peak_memory_bytes()
     factor = gptq.inverse_factor(hessian, 0.01, order)
-    # One, and the parts of 256 rows of 2048 that are moved: 3/8.
-    assert peak_memory_bytes() - before < 1.7 * hessian.nbytes
+    # One, the parts of 256 rows of 2048 that are moved (3/8), and what the C library keeps of the reordered copy (1).
+    # Copies at every step, where it is easy to make them, are five.
+    assert peak_memory_bytes() - before < 2.5 * hessian.nbytes
     assert factor.data_ptr() == hessian.data_ptr()
 
 
