@@ -108,6 +108,13 @@ def planning_table(lines: list[Line]) -> str:
     return "**Cost of scoring** (`python -m benchmarks.planning`): " + _markdown(render(lines))
 
 
+def large_table(lines: list[Line]) -> str:
+    """Models larger than what they may take in memory."""
+    from benchmarks.large import render
+
+    return "**Models beyond memory** (`python -m benchmarks.large --size 8b --method rtn`): " + _markdown(render(lines))
+
+
 def accuracy_table(lines: list[Line]) -> str:
     """One study of all scorers and their comparisons at its middle budget, and what must hold at every budget."""
     from benchmarks.accuracy import STUDIES, comparisons, must_hold, render
@@ -150,6 +157,7 @@ SECTIONS: dict[str, Callable[[list[Line]], str]] = {
     "serving-cpu-bf16.jsonl": serving_table,
     "kernels-cpu-bf16.jsonl": kernels_table,
     "planning.jsonl": planning_table,
+    "large-cpu.jsonl": large_table,
 }
 
 
