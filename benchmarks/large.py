@@ -402,8 +402,8 @@ def render(lines: Sequence[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     table = Table(
-        title="random weights in a model's shapes, a process for every step, its peak resident memory in brackets; "
-        f"scores from {lines[0]['prompts']} prompts"
+        title="random weights in a model's shapes, a process for every step; wall time on a machine with other work, "
+        f"in brackets an upper bound of peak resident memory; scores from {lines[0]['prompts']} prompts"
     )
     for column in ("model", "GB", "quantizer", "out GB"):
         table.add_column(column, justify="right" if "GB" in column else "left")
