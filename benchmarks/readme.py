@@ -112,7 +112,7 @@ def large_table(lines: list[Line]) -> str:
     """Models larger than what they may take in memory."""
     from benchmarks.large import render
 
-    return "**Models beyond memory** (`python -m benchmarks.large --size 8b --method rtn`): " + _markdown(render(lines))
+    return "**Models beyond memory** (`python -m benchmarks.large --size 8b --method rtn`, `--size 1b`): " + _markdown(render(lines))
 
 
 def accuracy_table(lines: list[Line]) -> str:
