@@ -112,7 +112,8 @@ def large_table(lines: list[Line]) -> str:
     """Models larger than what they may take in memory."""
     from benchmarks.large import render
 
-    return "**Models beyond memory** (`python -m benchmarks.large --size 8b --method rtn`, `--size 1b`): " + _markdown(render(lines))
+    commands = "`python -m benchmarks.large --size 8b --method rtn`, `--size 1b`"
+    return f"**Models beyond memory** ({commands}): " + _markdown(render(lines))
 
 
 def accuracy_table(lines: list[Line]) -> str:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from taq_vllm.cli import app
 from taq_vllm.plan import ModelRef, ScorerRef
 from taq_vllm.scores import Scores, UnitScore
-from taq_vllm.scores_compare import compare_scores
+from taq_vllm.scores_compare import _tau_b, compare_scores
 
 
 def scores(values, stderr=None, fingerprint="f", granularity="layer", **units):
@@ -46,6 +46,14 @@ def test_tau_is_scipys_on_scores_without_ties():
     assert found.tau == pytest.approx(kendalltau(one, other).statistic)
     assert found.low <= found.tau <= found.high
     assert found.interval == "units"
+
+
+def test_resamples_have_scipys_tau_also_with_ties():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        one, other = generator.integers(5, size=(2, 12))
+        assert _tau_b(one, other) == pytest.approx(kendalltau(one, other).statistic)
+    assert np.isnan(_tau_b(np.zeros(4, int), np.arange(4)))
 
 
 def test_the_same_order_agrees_and_the_reverse_does_not():
