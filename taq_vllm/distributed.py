@@ -8,6 +8,7 @@ same numbers, equal to those of one process up to the order of float sums. Rank 
 here does nothing.
 """
 
+import atexit
 import os
 import pickle
 from collections.abc import Callable, Sequence
@@ -72,6 +73,8 @@ def start(device: str) -> str:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         # Statistics are kept on the CPU also where blocks run on GPUs: both can be exchanged.
         distributed.init_process_group("gloo" if chosen == "cpu" else "cpu:gloo,cuda:nccl")
+        # Threads of gloo that still wait when Python ends would abort a process that has done its work.
+        atexit.register(distributed.destroy_process_group)
     return chosen
 
 
