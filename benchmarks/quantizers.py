@@ -217,44 +217,19 @@ def _yes(holds: bool) -> str:
 # Time.
 
 
-def fit_blocks(method: str, folder: str, prompts: list[list[int]]) -> dict[str, Any]:
-    """Seconds to fit every block of a model, as `taq quantize` does it, without writing."""
-    import torch
-
-    from taq_vllm.fitting import Block, method_named, settings_of
+def time_blocks(method: str, folder: str, prompts: list[list[int]]) -> dict[str, Any]:
+    """Seconds to fit every block of a model by `taq quantize`'s own walk, without writing."""
+    from taq_vllm.checkpoint import Calibration, fit_blocks
     from taq_vllm.model_files import ModelFiles
-    from taq_vllm.plan import SYMMETRIC, MatrixPlan
-    from taq_vllm.stream import StreamedModel, make_batches, matrices_of, replace_weight
+    from taq_vllm.stream import StreamedModel, make_batches
     from taq_vllm.tasks import TokenizedExample
 
-    module = method_named(method)
+    calibration = Calibration(method=method)
     model = StreamedModel(ModelFiles(folder), "cpu")
-    batches = make_batches([TokenizedExample(ids, len(ids)) for ids in prompts], 8) if module.READS_INPUTS else []
+    sequences = [TokenizedExample(ids, len(ids)) for ids in prompts] if calibration.chains else []
+    batches = make_batches(sequences, calibration.batch_size)
     started, cpu_started = time.perf_counter(), time.process_time()
-    hidden = model.embed(batches) if batches else None
-    full = model.embed(batches) if module.READS_OUTPUTS else None
-    for layer in range(model.layers):
-        with model.block(layer) as block:
-            entries = {
-                name: MatrixPlan(bits=BITS, symmetric=SYMMETRIC[BITS], shape=tuple(matrix.weight.shape), why="baseline")
-                for name, matrix in matrices_of(block).items()
-            }
-
-            def apply(call: Any, states: torch.Tensor, layer: int = layer) -> torch.Tensor:
-                return model.run_with_gradient(layer, call, states)
-
-            def run(states: torch.Tensor, layer: int = layer, block: Any = block) -> torch.Tensor:
-                return model.run(layer, block, states)
-
-            if full is not None:
-                full.replace(run)
-            fitted = module.fit_block(
-                Block(block, entries, apply, model.dtype, batches, hidden, full), settings_of(method, {})
-            )
-            if hidden is not None:
-                for name, quantized in fitted.items():
-                    replace_weight(matrices_of(block)[name], quantized.dequantize())
-                hidden.replace(run)
+    fit_blocks(model, full_plan(model.files, BITS), calibration, batches)
     return {
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu_started,
@@ -375,7 +350,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         method, folder, spec = arguments.child
-        print(json.dumps(fit_blocks(method, folder, json.loads(Path(spec).read_text()))))
+        print(json.dumps(time_blocks(method, folder, json.loads(Path(spec).read_text()))))
         return
     from rich.console import Console
 
