@@ -156,18 +156,23 @@ def contenders(study: Study) -> list[Contender]:
         found.append(Contender(scorer, "knapsack", "module", settings))
     for scorer, variant in (
         ("kl", {"perturbation": "noise"}),
+        ("kl", {"on": "answers"}),
         ("loss", {"terms": "first"}),
         ("loss", {"curvature": "model"}),
     ):
         found.append(Contender(scorer, "knapsack", "layer", {**_scorer_settings(scorer, study), **variant}))
+    found.append(Contender("kl", "knapsack", "module", {**_scorer_settings("kl", study), "on": "answers"}))
     return found
 
 
 def foreign_contenders(study: Study, task: str) -> list[Contender]:
-    """Plans that were made for the other tasks, of the scorers that read examples."""
+    """Plans that were made for the other tasks: per matrix, and on the dense model per layer as well."""
+    compared = [("kl", "module")]
+    if study.model == "dense":
+        compared += [(scorer, "layer") for scorer in PROOF]
     return [
-        Contender(scorer, "knapsack", "layer", _scorer_settings(scorer, study), other)
-        for scorer in PROOF
+        Contender(scorer, "knapsack", granularity, _scorer_settings(scorer, study), other)
+        for scorer, granularity in compared
         for other in TASKS
         if other != task
     ]
@@ -350,8 +355,7 @@ def _plans(study: Study, files: "ModelFiles", task: str, work: Path) -> list[Pla
     from taq_vllm.allocate import Request, allocate
 
     everyone = [Contender("random", settings={"seed": seed}) for seed in range(SEEDS)] + contenders(study)
-    if study.model == "dense":
-        everyone += foreign_contenders(study, task)
+    everyone += foreign_contenders(study, task)
     planned = []
     for contender in everyone:
         scores = scores_of(study, files, contender, task, work)

@@ -21,7 +21,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -59,7 +59,8 @@ class Request:
 
     budget: str
     """`5.0bits`, `4.2GiB`, `9ms@batch=16`, or several with commas (`budget.py`)."""
-    allocation: str = "monotone"
+    allocation: str | None = None
+    """None: the exact knapsack where the scorer measures costs, `monotone` where it only ranks."""
     edges: int = 0
     """Layers protected at each end of the model."""
     edge_bits: int = 16
@@ -67,7 +68,8 @@ class Request:
     """`layers.0=16`, `layers.3.self_attn.q_proj=8`, `re:.*down_proj=8`; the last that matches wins. One that matches
     the head plans it."""
     symmetric: Mapping[int, bool] = field(default_factory=lambda: dict(SYMMETRIC))
-    granularity: Granularity = "layer"
+    granularity: Granularity | None = None
+    """What gets bits of its own; None: what was scored."""
     menu: tuple[int, ...] = BITS_MENU
     """Bitwidths to choose from."""
     head: bool = False
@@ -91,7 +93,7 @@ def allocate(files: ModelFiles, scores: Scores | None, request: Request) -> Plan
             be met; the message names the smallest that can.
     """
     files.check_plannable()
-    check(request)
+    request = completed(request, scores)
     if scores is None and request.allocation != "uniform":
         raise ValueError(f"allocation {request.allocation!r} needs scores: give --scores FILE or --baseline NAME")
     if scores is not None and scores.model.fingerprint != files.ref.fingerprint:
@@ -108,12 +110,22 @@ def check_budget(files: ModelFiles, request: Request) -> None:
         ValueError: as `allocate`.
     """
     files.check_plannable()
-    check(request)
+    request = completed(request, None)
     Problem(Shapes.of_files(files, plans_head(files, request)), None, request).choose()
 
 
-def check(request: Request) -> None:
-    """Raises ValueError for a request that no model can answer."""
+def completed(request: Request, scores: Scores | None) -> Request:
+    """A request with the allocation and granularity that follow from the scores, where none are asked for.
+
+    Raises:
+        ValueError: a request that no model can answer.
+    """
+    ranks_only = scores is not None and scores.cost_unit is None
+    request = replace(
+        request,
+        allocation=request.allocation or ("monotone" if ranks_only else "knapsack"),
+        granularity=request.granularity or (scores.granularity if scores else "layer"),
+    )
     if request.allocation not in ALLOCATIONS:
         raise ValueError(f"got allocation {request.allocation!r}; there are {', '.join(ALLOCATIONS)}")
     if request.granularity not in GRANULARITIES:
@@ -130,6 +142,7 @@ def check(request: Request) -> None:
         )
     if request.edge_bits not in _pinnable(request):
         raise ValueError(f"got edge bits {request.edge_bits}, allowed are {_list(_pinnable(request))}")
+    return request
 
 
 def plans_head(files: ModelFiles, request: Request) -> bool:
@@ -147,7 +160,7 @@ class Problem:
 
     Attributes:
         shapes: of the model.
-        request: what is asked.
+        request: what is asked, completed.
         symmetric: by bitwidth.
         meter: of the budget.
         units: the matrices of every unit that is planned, by the unit's name.
@@ -162,6 +175,7 @@ class Problem:
 
     def __init__(self, shapes: Shapes, scores: Scores | None, request: Request) -> None:
         """Raises ValueError for pins, edges or scores that do not fit the model."""
+        assert None not in (request.allocation, request.granularity), "a request that is completed"
         self.shapes, self.request, self._scores = shapes, request, scores
         self.symmetric = SYMMETRIC | dict(request.symmetric)
         self.meter = Meter(shapes, parse_budget(request.budget), self.symmetric, request.latencies)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from taq_vllm import knapsack
-from taq_vllm.allocate import Problem, Request, check, plans_head
+from taq_vllm.allocate import Problem, Request, completed, plans_head
 from taq_vllm.budget import Shapes
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import write_atomically
@@ -63,8 +63,7 @@ def trade_off(files: ModelFiles, scores: Scores, request: Request, points: int =
         ValueError: as `allocate`.
     """
     files.check_plannable()
-    request = replace(request, budget="16bits", allocation="knapsack")
-    check(request)
+    request = completed(replace(request, budget="16bits", allocation="knapsack"), scores)
     if scores.model.fingerprint != files.ref.fingerprint:
         raise ValueError(
             f"the scores were made for {scores.model.id}, not for {files.id}: run `taq score` on {files.id}"

@@ -102,7 +102,7 @@ def score_estimate(
     output: Path,
     settings: dict[str, Any] | None = None,
     device: str = "auto",
-    granularity: Granularity = "layer",
+    granularity: Granularity | None = None,
     head: bool = False,
     hidden_limit_bytes: float = HIDDEN_LIMIT_BYTES,
     spill_folder: Path | None = None,
@@ -122,13 +122,12 @@ def score_estimate(
         spill_folder = spill_folder or folder
         if request.task is not None:
             model = _TwoBlocks(files, device, hidden_limit_bytes, spill_folder)
-            sequences = scoring.calibration_sequences(
-                model, request.task, request.examples, request.module.READS == "answers"
-            )
-        units = units_of([*files.matrices, *(files.head if head else ())], granularity)
+            sequences = scoring.calibration_sequences(model, request.task, request.examples, request.reads == "answers")
+        units = units_of([*files.matrices, *(files.head if head else ())], request.granularity)
         few = {name: matrices for name, matrices in units.items() if name == HEAD or layer_of(name) < _SAMPLED}
         on = str(model.device) if model else device_of(device)
-        run = scoring.Run(files, on, model, request.task, share(sequences), granularity, few, folder / "journal")
+        share_here = share(sequences)
+        run = scoring.Run(files, on, model, request.task, share_here, request.granularity, few, folder / "journal")
         request.module.score_units(run, request.settings)
         seconds = time.monotonic() - started
         total(torch.zeros(1))  # all processes have written what they keep

@@ -57,7 +57,7 @@ def score(
     settings: dict[str, Any] | None = None,
     device: str = "auto",
     force: bool = False,
-    granularity: Granularity = "layer",
+    granularity: Granularity | None = None,
     head: bool = False,
     hidden_limit_bytes: float = HIDDEN_LIMIT_BYTES,
     spill_folder: Path | None = None,
@@ -74,7 +74,7 @@ def score(
         settings: overrides of the scorer's own settings.
         device: where blocks run; `auto` is a GPU if there is one.
         force: replace scores of another request that are at `output`.
-        granularity: what is scored (`units.py`).
+        granularity: what is scored (`units.py`); `default_granularity` if not given.
         head: score `lm_head` as well.
         hidden_limit_bytes: of hidden states in memory; the rest lies in files.
         spill_folder: on whose disk these files are; the output's folder if not given.
@@ -93,14 +93,14 @@ def score(
     started = time.monotonic()
     output.parent.mkdir(parents=True, exist_ok=True)
     model = None if task is None else StreamedModel(files, device, hidden_limit_bytes, spill_folder or output.parent)
-    sequences = [] if task is None else calibration_sequences(model, task, examples, module.READS == "answers")
+    sequences = [] if task is None else calibration_sequences(model, task, examples, asked.reads == "answers")
     # What was computed elsewhere, or split otherwise, differs in its last bits, and is not continued here.
     computed = [model.device.type, str(model.compute_dtype), distributed.world()[1]] if model else []
     key = hashlib.sha256(json.dumps([asked.request, computed], sort_keys=True).encode()).hexdigest()[:12]
     journal = output.with_name(f"{output.name}.{key}.journal")
-    units = units_of([*files.matrices, *(files.head if head else ())], granularity)
+    units = units_of([*files.matrices, *(files.head if head else ())], asked.granularity)
     on = str(model.device) if model else distributed.device_of(device)
-    run = Run(files, on, model, task, distributed.share(sequences), granularity, units, journal)
+    run = Run(files, on, model, task, distributed.share(sequences), asked.granularity, units, journal)
     found = tuple(module.score_units(run, chosen))
 
     def finish() -> Scores:
@@ -108,7 +108,7 @@ def score(
             model=files.ref,
             task=asked.task_ref,
             scorer=ScorerRef(name=scorer, settings=asked.request["settings"]),
-            granularity=granularity,
+            granularity=asked.granularity,
             cost_unit=module.COST_UNIT,
             units=found,
             seconds=time.monotonic() - started,
@@ -135,7 +135,9 @@ class Asked:
         settings: its own, overrides applied.
         task: None for scorers that read no examples.
         task_ref: how the task is recorded.
+        reads: `weights`, `prompts` or `answers`.
         examples: how many of its calibration examples are read.
+        granularity: what is scored.
         request: what the scores are the answer to.
         finished: the answer, if it is at the output already.
     """
@@ -144,7 +146,9 @@ class Asked:
     settings: Any
     task: Task | None
     task_ref: TaskRef | None
+    reads: str
     examples: int
+    granularity: Granularity
     request: dict[str, Any]
     finished: Scores | None
 
@@ -156,12 +160,13 @@ def check_request(
     output: Path,
     settings: dict[str, Any] | None = None,
     force: bool = False,
-    granularity: Granularity = "layer",
+    granularity: Granularity | None = None,
     head: bool = False,
 ) -> Asked:
     """Check a request for scores before anything runs; arguments and errors are those of `score`."""
     module = _module(scorer)
     chosen = settings_from(module, f"scorer {scorer}", settings or {})
+    granularity = granularity or default_granularity(scorer)
     if granularity not in module.GRANULARITIES:
         raise ValueError(
             f"scorer {scorer} scores {', '.join(module.GRANULARITIES)}, got granularity {granularity!r}; "
@@ -169,10 +174,11 @@ def check_request(
         )
     files.check_plannable()
     task_ref, examples = None, 0
-    if module.READS == "weights":
+    reads = getattr(chosen, "reads", module.READS)
+    if reads == "weights":
         task = None
     else:
-        task_ref, examples = _examples(task, scorer, module.READS, getattr(chosen, "max_examples", None))
+        task_ref, examples = _examples(task, scorer, reads, getattr(chosen, "max_examples", None))
         if examples < distributed.world()[1]:
             raise ValueError(
                 f"{examples} examples cannot be split over {distributed.world()[1]} processes: start fewer"
@@ -187,7 +193,7 @@ def check_request(
         "made_by": MADE_BY,
     }
     finished = distributed.first(lambda: _finished(output, request, force))
-    return Asked(module, chosen, task, task_ref, examples, request, finished)
+    return Asked(module, chosen, task, task_ref, reads, examples, granularity, request, finished)
 
 
 def _finished(output: Path, request: dict[str, Any], force: bool) -> Scores | None:
@@ -216,11 +222,21 @@ def granularities(scorer: str) -> tuple[str, ...]:
     return _module(scorer).GRANULARITIES
 
 
+def default_granularity(scorer: str) -> Granularity:
+    """Matrices where the scorer measures costs, whose sum is what a plan costs; blocks where it only ranks.
+
+    Raises:
+        ValueError: there is no such scorer.
+    """
+    module = _module(scorer)
+    return "module" if module.COST_UNIT and "module" in module.GRANULARITIES else "layer"
+
+
 def baseline(
     files: ModelFiles,
     scorer: str,
     settings: dict[str, Any] | None = None,
-    granularity: Granularity = "layer",
+    granularity: Granularity | None = None,
     head: bool = False,
 ) -> Scores:
     """Scores by a scorer that reads no examples; nothing is written.
@@ -232,6 +248,7 @@ def baseline(
     chosen = settings_from(module, f"scorer {scorer}", settings or {})
     if module.READS != "weights":
         raise ValueError(f"scorer {scorer} reads a task's {module.READS}; use `score`")
+    granularity = granularity or default_granularity(scorer)
     started = time.monotonic()
     units = units_of([*files.matrices, *(files.head if head else ())], granularity)
     run = Run(files, "cpu", None, None, [], granularity, units, Path(os.devnull))

@@ -12,7 +12,7 @@ from taq_vllm.distributed import first
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import Plan
 from taq_vllm.scores import Scores
-from taq_vllm.scoring import granularities, score
+from taq_vllm.scoring import default_granularity, granularities, score
 from taq_vllm.stream import HIDDEN_LIMIT_BYTES
 from taq_vllm.tasks import Task
 from taq_vllm.units import HEAD
@@ -35,7 +35,7 @@ def specialize(
     output: Path,
     request: Request,
     calibration: Calibration,
-    scorer: str = "taq",
+    scorer: str = "kl",
     scorer_settings: dict[str, Any] | None = None,
     device: str = "auto",
     force: bool = False,
@@ -63,7 +63,9 @@ def specialize(
     calibration.check()
     work = output.with_name(f"{output.name}.work")
     check_budget(files, request)
-    granularity = request.granularity if request.granularity in granularities(scorer) else "layer"
+    granularity = request.granularity or default_granularity(scorer)
+    if granularity not in granularities(scorer):
+        granularity = "layer"
     head = request.head and not decided_head(files, request)
     if head and scorer == "taq":
         raise ValueError(

@@ -371,7 +371,7 @@ def costs_of(files, scores, **request):
 def test_costs_of_finer_scores_are_added_and_of_coarser_ones_shared_by_weights(files):
     # A layer has q_proj of 256 x 256 weights and down_proj of 256 x 512: a third and two thirds.
     fine = with_costs(files, "module", lambda unit: {4: 3.0, 8: 1.0} if "q_proj" in unit else {4: 6.0, 8: 0.5})
-    assert costs_of(files, fine)["model.layers.1"] == {4: 9.0, 8: 1.5, 16: 0.0}
+    assert costs_of(files, fine, granularity="layer")["model.layers.1"] == {4: 9.0, 8: 1.5, 16: 0.0}
     coarse = with_costs(files, "layer", lambda unit: {4: 9.0, 8: 1.5})
     shared = costs_of(files, coarse, granularity="module")
     assert shared["model.layers.1.self_attn.q_proj"] == pytest.approx({4: 3.0, 8: 0.5, 16: 0.0})
@@ -381,10 +381,21 @@ def test_costs_of_finer_scores_are_added_and_of_coarser_ones_shared_by_weights(f
 def test_a_pinned_part_takes_its_costs_along(files):
     pins = ("layers.1.mlp.down_proj=16",)
     fine = with_costs(files, "module", lambda unit: {4: 3.0, 8: 1.0} if "q_proj" in unit else {4: 6.0, 8: 0.5})
-    assert costs_of(files, fine, pins=pins)["model.layers.1"] == {4: 3.0, 8: 1.0, 16: 0.0}
+    assert costs_of(files, fine, pins=pins, granularity="layer")["model.layers.1"] == {4: 3.0, 8: 1.0, 16: 0.0}
     coarse = with_costs(files, "layer", lambda unit: {4: 9.0, 8: 1.5})
-    assert costs_of(files, coarse, pins=pins)["model.layers.1"] == pytest.approx({4: 3.0, 8: 0.5, 16: 0.0})
-    assert costs_of(files, coarse, pins=pins)["model.layers.2"] == {4: 9.0, 8: 1.5, 16: 0.0}
+    by_layer = costs_of(files, coarse, pins=pins, granularity="layer")
+    assert by_layer["model.layers.1"] == pytest.approx({4: 3.0, 8: 0.5, 16: 0.0})
+    assert by_layer["model.layers.2"] == {4: 9.0, 8: 1.5, 16: 0.0}
+
+
+def test_what_is_not_asked_for_follows_from_the_scores(files):
+    ranks = scores_of(files, range(LAYERS))
+    measured = with_costs(files, "module", lambda unit: {4: 1.0})
+    for scores, allocation in ((ranks, ("monotone", "layer")), (measured, ("knapsack", "module"))):
+        made = allocate(files, scores, Request("9bits")).allocation
+        assert (made.name, made.granularity) == allocation
+        asked = allocate(files, scores, Request("9bits", "monotone", granularity="fused")).allocation
+        assert (asked.name, asked.granularity) == ("monotone", "fused")
 
 
 def test_uniform_with_scores_says_so_and_ranks_nobody(files):

@@ -1,6 +1,7 @@
 """Output divergence against its definition, noise against quantization, and the data-free baseline."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,24 +40,35 @@ def load(files):
     )
 
 
-@pytest.mark.parametrize("granularity", ["layer", "module"])
-def test_costs_are_the_mean_divergence_over_prompt_tokens(files, task, tmp_path, granularity):
+@pytest.mark.parametrize(
+    ("granularity", "on"), [("layer", "prompts"), ("module", "prompts"), ("layer", "answers")], ids=str
+)
+def test_costs_are_the_mean_divergence_over_tokens(files, task, tmp_path, granularity, on):
+    examples = tuple(replace(e, completion=" so" * (1 + i)) for i, e in enumerate(task.calibration))
     scores, _ = score(
         files,
-        task,
+        replace(task, calibration=examples) if on == "answers" else task,
         "kl",
         tmp_path / "s.json",
-        {"batch_size": 1, "bits": [4, 8]},
+        {"batch_size": 1, "bits": [4, 8], "on": on},
         "cpu",
         granularity=granularity,
         head=True,
     )
     tokenizer = AutoTokenizer.from_pretrained(files.path)
-    prompts = [torch.tensor([tokenizer(example.prompt).input_ids]) for example in task.calibration]
+    prompts = [tokenizer(example.prompt).input_ids for example in task.calibration]
+    completions = [tokenizer(e.completion, add_special_tokens=False).input_ids for e in examples]
+    # The last token's distribution follows the prompt; that after the end token counts for nothing.
+    read = [
+        (torch.tensor([prompt + completion]), slice(len(prompt) - 1, None))
+        if on == "answers"
+        else (torch.tensor([prompt]), slice(None))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
 
     @torch.no_grad()
     def logs(model):
-        return [model(input_ids=ids).logits[0].float().log_softmax(-1).double() for ids in prompts]
+        return [model(input_ids=ids).logits[0, places].float().log_softmax(-1).double() for ids, places in read]
 
     full = logs(load(files))
     units = units_of([*files.matrices, HEAD], granularity)
@@ -70,7 +82,7 @@ def test_costs_are_the_mean_divergence_over_prompt_tokens(files, task, tmp_path,
                     quantize(matrix.weight.data.bfloat16(), bits, bits == 8).dequantize().to(matrix.weight)
                 )
             sums = torch.stack([(p.exp() * (p - q)).sum() for p, q in zip(full, logs(model), strict=True)])
-            tokens = torch.tensor([ids.shape[1] for ids in prompts]).double()
+            tokens = torch.tensor([len(p) for p in full]).double()
             # float32 logits: differences of logs near 1e-6, of which a divergence of 1e-4 keeps two digits at 8 bits
             assert entry.costs[bits] == pytest.approx((sums.sum() / tokens.sum()).item(), rel=0.01, abs=2e-7)
             residual = (sums - entry.costs[bits] * tokens) / tokens.mean()
@@ -107,12 +119,12 @@ def test_noise_and_quantization_diverge_alike(files, task, tmp_path):
     assert (ratio != 1).all()
 
 
-def test_prompts_without_answers_are_enough(files, task, tmp_path):
-    from dataclasses import replace
-
+def test_prompts_without_answers_are_enough_unless_answers_are_to_be_read(files, task, tmp_path):
     bare = replace(task, calibration=tuple(replace(e, answers=(), completion="") for e in task.calibration))
     scores, _ = score(files, bare, "kl", tmp_path / "s.json", {}, "cpu")
     assert all(entry.stderr > 0 for entry in scores.units)
+    with pytest.raises(ValueError, match="which scorer kl needs"):
+        score(files, bare, "kl", tmp_path / "answers.json", {"on": "answers"}, "cpu")
 
 
 @pytest.mark.parametrize("granularity", ["layer", "fused", "module"])

@@ -190,7 +190,7 @@ def test_flipping_the_stability_sign_flips_its_part(files, task, tmp_path):
 
 
 def test_taqo_equals_the_naive_oracle(files, task, tmp_path):
-    scores, _ = score(files, task, "taqo", tmp_path / "s.json", {"batch_size": 1})
+    scores, _ = score(files, task, "taqo", tmp_path / "s.json", {"batch_size": 1}, granularity="layer")
     tokenizer = AutoTokenizer.from_pretrained(files.path)
 
     def answers(model):

@@ -115,7 +115,7 @@ def test_twelve_layers_need_at_most_six_tenths_of_the_naive_block_runs(tmp_path,
         return run(*args)
 
     monkeypatch.setattr(StreamedModel, "run", counted)
-    scores, _ = score(files, task, "taqo", tmp_path / "s.json", {"batch_size": EXAMPLES}, "cpu")
+    scores, _ = score(files, task, "taqo", tmp_path / "s.json", {"batch_size": EXAMPLES}, "cpu", granularity="layer")
     ours, runs = runs, 0
     perturbed, full, _ = naive(files, task, "layer", 4, EXAMPLES, head=False)
     assert runs == LAYERS + LAYERS**2
@@ -153,7 +153,7 @@ def test_an_interrupted_oracle_continues_and_finds_the_same(files, task, tmp_pat
 def test_generating_scores_the_tasks_metric_of_real_greedy_outputs(files, tmp_path):
     task = make_task(tmp_path, files, "f1", max_new_tokens=6)
     settings = {"measure": "generate", "bits": [3], "batch_size": 4}
-    scores, _ = score(files, task, "taqo", tmp_path / "s.json", settings, "cpu")
+    scores, _ = score(files, task, "taqo", tmp_path / "s.json", settings, "cpu", granularity="layer")
     tokenizer = AutoTokenizer.from_pretrained(files.path)
 
     def metric(layer):
@@ -194,27 +194,27 @@ def test_requests_that_cannot_be_met_say_what_to_do(files, task, tmp_path, metri
     several = tuple(replace(e, answers=(*e.answers, "another")) for e in task.calibration)
     asked = replace(task, metric=metric, max_new_tokens=250, calibration=several)
     with pytest.raises(ValueError, match=said):
-        score(files, asked, "taqo", tmp_path / "s.json", settings, "cpu")
+        score(files, asked, "taqo", tmp_path / "s.json", settings, "cpu", granularity="layer")
 
 
 def test_em_is_teacher_forced_where_the_completion_is_the_one_answer(files, task, tmp_path):
     settings = {"metric": "task"}
-    exact, _ = score(files, task, "taqo", tmp_path / "exact.json", {}, "cpu")
-    em, _ = score(files, task, "taqo", tmp_path / "em.json", settings, "cpu")
+    exact, _ = score(files, task, "taqo", tmp_path / "exact.json", {}, "cpu", granularity="layer")
+    em, _ = score(files, task, "taqo", tmp_path / "em.json", settings, "cpu", granularity="layer")
     assert em.units == exact.units
     worked = [replace(e, completion=f" So it is{e.completion}") for e in task.calibration]
     for calibration, count in ((worked, 1), (worked, 5)):
         asked = replace(task, calibration=(*task.calibration[:-count], *calibration[-count:]))
         with pytest.raises(ValueError, match=f"example {EXAMPLES - count}: got 1 answers and the completion ' So it"):
-            score(files, asked, "taqo", tmp_path / "s.json", settings, "cpu")
+            score(files, asked, "taqo", tmp_path / "s.json", settings, "cpu", granularity="layer")
 
 
 def test_a_model_that_gives_next_to_no_reference_is_warned_of(files, task, tmp_path, capfd):
-    scores, _ = score(files, task, "taqo", tmp_path / "known.json", {}, "cpu")
+    scores, _ = score(files, task, "taqo", tmp_path / "known.json", {}, "cpu", granularity="layer")
     assert scores.units[0].details["full_exact_match"] > 0.5
     assert "warning" not in capfd.readouterr().err
     unknown = replace(task, calibration=tuple(replace(e, completion=" none of it") for e in task.calibration))
-    score(files, unknown, "taqo", tmp_path / "unknown.json", {}, "cpu")
+    score(files, unknown, "taqo", tmp_path / "unknown.json", {}, "cpu", granularity="layer")
     assert "gives 0.0% of the reference completions" in capfd.readouterr().err
 
 
@@ -231,7 +231,7 @@ def test_an_example_without_an_answer_is_named(files, task, tmp_path):
     unlabelled = replace(task, calibration=(task.calibration[0], bare, *task.calibration[2:]))
     for scorer in ("taqo", "loss"):
         with pytest.raises(ValueError, match="example 1 has no answers"):
-            score(files, unlabelled, scorer, tmp_path / "s.json", {}, "cpu")
+            score(files, unlabelled, scorer, tmp_path / "s.json", {}, "cpu", granularity="layer")
 
 
 def test_logits_that_are_not_finite_name_the_head(task, tmp_path):
@@ -243,4 +243,4 @@ def test_logits_that_are_not_finite_name_the_head(task, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     for scorer in ("taqo", "kl", "loss"):
         with pytest.raises(ValueError, match="lm_head"):
-            score(ModelFiles(folder), task, scorer, tmp_path / "s.json", {}, "cpu")
+            score(ModelFiles(folder), task, scorer, tmp_path / "s.json", {}, "cpu", granularity="layer")

@@ -40,7 +40,13 @@ SpillFolder = Annotated[
 Setting = Annotated[list[str] | None, typer.Option("--set", help="A scorer's setting, as alpha=0.7. Repeatable.")]
 BUDGET_HELP = "5.0bits (average, scales counted), 4.2GiB (all weights), 9ms@batch=16, or several: 5bits,9ms@batch=16."
 BudgetOption = Annotated[str, typer.Option(help=BUDGET_HELP)]
-AllocationOption = Annotated[str, typer.Option(help=f"How scores become bits: {', '.join(ALLOCATIONS)}.")]
+AllocationOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How scores become bits: {', '.join(ALLOCATIONS)}. If not given, knapsack where the scorer measures "
+        "costs, monotone where it only ranks."
+    ),
+]
 Edges = Annotated[int, typer.Option(help="Layers protected at each end of the model.")]
 EdgeBits = Annotated[int, typer.Option(help="Bits of the protected layers.")]
 Pin = Annotated[
@@ -48,7 +54,8 @@ Pin = Annotated[
     typer.Option(help="layers.0=16, layers.3.self_attn.q_proj=8, lm_head=8, re:.*down_proj=8. Repeatable."),
 ]
 PlanGranularity = Annotated[
-    str, typer.Option("--granularity", help=f"What gets bits of its own: {', '.join(GRANULARITIES)}.")
+    str | None,
+    typer.Option("--granularity", help=f"What gets bits of its own: {', '.join(GRANULARITIES)}; else what was scored."),
 ]
 Menu = Annotated[str, typer.Option(help="Bitwidths to choose from; 2,3,5,6,7 are for studies and cannot be served.")]
 PlanHead = Annotated[bool, typer.Option("--head", help="Plan lm_head as well.")]
@@ -68,6 +75,8 @@ FixedMs = Annotated[
     float | None, typer.Option(min=0, help="Milliseconds of a step beside its matrices, if `tune --step` was not run.")
 ]
 DEFAULT_MENU = ",".join(map(str, BITS_MENU))
+DEFAULT_SCORER = "kl"
+"""Its plans per matrix beat or equalled every other scorer's (README.md, "What was measured")."""
 ScorerOption = Annotated[str, typer.Option(help=f"What measures need of precision: {', '.join(SCORERS)}.")]
 MethodOption = Annotated[str, typer.Option(help=f"How codes are fitted: {', '.join(METHODS)}; rtn reads no data.")]
 MethodSetting = Annotated[
@@ -124,11 +133,11 @@ def memory_of(text: str) -> int:
 def request_of(
     *,
     budget: str,
-    allocation: str,
+    allocation: str | None,
     edges: int,
     edge_bits: int,
     pin: list[str] | None,
-    granularity: str = "layer",
+    granularity: str | None = None,
     menu: str = DEFAULT_MENU,
     head: bool = False,
     uniform_fused: bool = False,
@@ -156,7 +165,7 @@ def request_of(
         edge_bits=edge_bits,
         pins=tuple(pin or ()),
         symmetric=SYMMETRIC | chosen,
-        granularity=cast(Granularity, granularity),
+        granularity=cast(Granularity | None, granularity),
         menu=tuple(sorted({int(width) for width in widths})),
         head=head,
         uniform_fused=uniform_fused,

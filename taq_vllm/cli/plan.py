@@ -82,8 +82,8 @@ def plan(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="The plan file; of several, plan-5.0bits.json and so on.")
     ] = Path("plan.json"),
-    allocation: AllocationOption = "monotone",
-    granularity: PlanGranularity = "layer",
+    allocation: AllocationOption = None,
+    granularity: PlanGranularity = None,
     menu: Menu = DEFAULT_MENU,
     head: PlanHead = False,
     uniform_fused: UniformFused = False,
@@ -142,7 +142,7 @@ def plan(
 
 
 def _scores(
-    files: ModelFiles, scores: Path | None, baseline: str | None, seed: int | None, granularity: str, head: bool
+    files: ModelFiles, scores: Path | None, baseline: str | None, seed: int | None, granularity: str | None, head: bool
 ) -> Scores | None:
     """Of a file, or of a scorer that reads no examples."""
     if scores and baseline:
@@ -179,7 +179,7 @@ def curve(
     between: Annotated[
         int, typer.Option("--points", min=0, help="Evenly spaced sizes to solve for beside the corners; 0 for none.")
     ] = POINTS,
-    granularity: PlanGranularity = "layer",
+    granularity: PlanGranularity = None,
     menu: Menu = DEFAULT_MENU,
     head: PlanHead = False,
     uniform_fused: UniformFused = False,
@@ -219,7 +219,8 @@ def curve(
     write_csv(points, output)
     if picture:
         task = f" on {made.task.name}" if made.task else ""
-        plot(points, made.cost_unit or "by rank", f"{files.id}: {made.scorer.name}{task}, by {granularity}", picture)
+        title = f"{files.id}: {made.scorer.name}{task}, by {granularity or made.granularity}"
+        plot(points, made.cost_unit or "by rank", title, picture)
     if as_json:
         corners = sum(point.corner for point in points)
         print_json({"output": str(output), "plot": picture and str(picture), "points": len(points), "corners": corners})

@@ -7,6 +7,7 @@ import typer
 
 from taq_vllm.cli.options import (
     DEFAULT_HIDDEN_MEMORY,
+    DEFAULT_SCORER,
     Device,
     Force,
     HiddenMemory,
@@ -29,9 +30,15 @@ def score(
     model: Model,
     task: Annotated[Path | None, typer.Option(help="Task header (task.yaml), its folder, or a bare .jsonl.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="The scores file.")] = Path("scores.json"),
-    scorer: ScorerOption = "taq",
+    scorer: ScorerOption = DEFAULT_SCORER,
     setting: Setting = None,
-    granularity: Annotated[str, typer.Option(help=f"What is scored: {', '.join(GRANULARITIES)}.")] = "layer",
+    granularity: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What is scored: {', '.join(GRANULARITIES)}. If not given, module (a matrix) where the scorer "
+            "measures costs, layer where it only ranks."
+        ),
+    ] = None,
     head: Annotated[bool, typer.Option("--head", help="Score lm_head as well.")] = False,
     device: Device = "auto",
     hidden_memory: HiddenMemory = DEFAULT_HIDDEN_MEMORY,
@@ -50,7 +57,7 @@ def score(
     from taq_vllm.scoring import score as run
     from taq_vllm.tasks import load_task
 
-    if granularity not in GRANULARITIES:
+    if granularity not in (None, *GRANULARITIES):
         raise typer.BadParameter(f"got granularity {granularity!r}; there are {', '.join(GRANULARITIES)}")
     settings = settings_of(setting)
     if allow_code_execution:

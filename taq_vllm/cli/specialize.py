@@ -7,6 +7,7 @@ import typer
 
 from taq_vllm.cli.options import (
     DEFAULT_HIDDEN_MEMORY,
+    DEFAULT_SCORER,
     AllocationOption,
     Asymmetric,
     BudgetOption,
@@ -53,10 +54,10 @@ def specialize(
     task: TaskOption,
     budget: BudgetOption,
     output: Annotated[Path, typer.Option("-o", "--output", help="The new checkpoint's folder.")],
-    scorer: ScorerOption = "taq",
+    scorer: ScorerOption = DEFAULT_SCORER,
     setting: Setting = None,
-    allocation: AllocationOption = "monotone",
-    granularity: PlanGranularity = "layer",
+    allocation: AllocationOption = None,
+    granularity: PlanGranularity = None,
     head: PlanHead = False,
     uniform_fused: UniformFused = False,
     edges: Edges = 0,

@@ -4,6 +4,7 @@ A scorer is a module of this package (`weight_error.py` is `weight-error`) with
 
 - `Settings`: a pydantic model of its own settings;
 - `READS`: `"weights"` (no examples), `"prompts"`, or `"answers"` (labelled examples: prompts with their completions);
+  where that is up to its settings, they have a property `reads` (`kl.py`);
 - `GRANULARITIES`: the granularities that it can score (`units.py`);
 - `COST_UNIT`: the unit of its costs per bitwidth, or None if it gives none;
 - `score_units(run, settings) -> list[UnitScore]`: one score per unit of `run.units` (`scoring.Run`), in that order.

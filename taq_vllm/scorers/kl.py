@@ -30,7 +30,7 @@ from taq_vllm.quantizer import quantize
 from taq_vllm.rounding import Rounding, check_bits
 from taq_vllm.scores import UnitScore
 from taq_vllm.scoring import Run
-from taq_vllm.stream import Head, make_batches
+from taq_vllm.stream import Batch, Head, make_batches
 
 READS = "prompts"
 GRANULARITIES = units.GRANULARITIES
@@ -42,6 +42,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    on: Literal["prompts", "answers"] = "prompts"
+    """Which tokens' distributions count: all that follow a prompt's tokens, or those of the answers, read after their
+    prompts (which needs completions)."""
     perturbation: Literal["quantization", "noise"] = "quantization"
     bits: tuple[int, ...] = (4,)
     symmetric: bool | None = None
@@ -53,6 +56,11 @@ class Settings(BaseModel):
     """Of the noise."""
 
     _bits = field_validator("bits")(check_bits)
+
+    @property
+    def reads(self) -> str:
+        """What `scoring` takes instead of `READS`."""
+        return self.on
 
 
 @dataclass(frozen=True)
@@ -92,11 +100,12 @@ def score_units(run: Run, settings: Settings) -> list[UnitScore]:
         sums = torch.zeros(len(run.sequences), dtype=torch.float64)
         rows_at_once = head.rows_at_once
         for batch, full_states, states in zip(batches, hidden, perturbed, strict=True):
-            is_token = batch.is_token.to(states.device)
-            owners = batch.examples.repeat_interleave(batch.lengths)
+            counted = _counted(batch, settings)
+            owners = batch.examples.repeat_interleave(counted.sum(1))
+            counted = counted.to(states.device)
             for full_rows, rows, owner in zip(
-                full_states[is_token].split(rows_at_once),
-                states[is_token].split(rows_at_once),
+                full_states[counted].split(rows_at_once),
+                states[counted].split(rows_at_once),
                 owners.split(rows_at_once),
                 strict=True,
             ):
@@ -110,9 +119,14 @@ def score_units(run: Run, settings: Settings) -> list[UnitScore]:
     found, _ = walk(run, batches, settings.bits, perturb, divergence, "kl: one unit at a time")
     lengths = torch.zeros(len(run.sequences), dtype=torch.float64)
     for batch in batches:
-        lengths[batch.examples] = batch.lengths.double()
+        lengths[batch.examples] = _counted(batch, settings).sum(1).double()
     tokens = gather(lengths)
     return [_unit_score(unit, {bits: found[unit, bits]["kl"] for bits in settings.bits}, tokens) for unit in run.units]
+
+
+def _counted(batch: Batch, settings: Settings) -> Tensor:
+    """[B, T] bool: the positions whose next-token distribution counts."""
+    return batch.is_predicted if settings.on == "answers" else batch.is_token
 
 
 def _unit_score(unit: str, sums: dict[int, Tensor], tokens: Tensor) -> UnitScore:
