@@ -60,6 +60,19 @@ CALIBRATION_EXAMPLES = 128
 SCORED_EXAMPLES = 128
 """Read by every scorer that reads examples, so that none is better for having seen more."""
 QUANTITIES = ("metric", "nll", "kl")
+SUMMARY = (
+    "uniform (the lowest bits)",
+    "random",
+    "edges",
+    "weight-error (knapsack)",
+    "weight-error (knapsack, per matrix)",
+    "taq (stability_sign -1)",
+    "taqo (knapsack)",
+    "loss (knapsack)",
+    "kl (knapsack)",
+    "kl (knapsack, per matrix)",
+)
+"""Contenders of `summary`."""
 PROOF = ("taqo", "kl", "loss")
 """At least one of these, with the exact knapsack per layer, has to beat random."""
 MOST_PLANS = 12
@@ -789,14 +802,10 @@ def render(lines: Sequence[Line], budget: str) -> "Table":
     )
     table.add_column("contender")
     table.add_column("bits")
-    marks: dict[tuple[str, str, str], int] = {}
     for task in tasks:
         for column in ("metric", "NLL", "KL"):
             table.add_column(f"{task} {column}", justify="right")
-        judged = [line for line in of_budget if line["task"] == task and "scorer" in line]
-        for name in QUANTITIES:
-            found = verdicts(judged, name, "random")
-            marks |= {(task, line["contender"], name): mark for line, mark in zip(judged, found, strict=True)}
+    marks = _marks(of_budget)
     for contender in _unique(line["contender"] for line in of_budget):
         rows = {line["task"]: line for line in of_budget if line["contender"] == contender}
         bits = " / ".join(_unique(f"{rows[task]['average_bits']:.2f}" for task in tasks if task in rows))
@@ -805,6 +814,48 @@ def render(lines: Sequence[Line], budget: str) -> "Table":
             verdict = [marks.get((task, contender, name), 0) for name in QUANTITIES]
             cells += _cells(rows.get(task), verdict)
         table.add_row(contender, bits, *cells)
+    return table
+
+
+def _marks(of_budget: Sequence[Line]) -> dict[tuple[str, str, str], int]:
+    """By task, contender and quantity: better than the mean of random (1), worse (-1), or neither."""
+    marks: dict[tuple[str, str, str], int] = {}
+    for task in _unique(line["task"] for line in of_budget):
+        judged = [line for line in of_budget if line["task"] == task and "scorer" in line]
+        for name in QUANTITIES:
+            found = verdicts(judged, name, "random")
+            marks |= {(task, line["contender"], name): mark for line, mark in zip(judged, found, strict=True)}
+    return marks
+
+
+def summary(studies: Mapping[str, Sequence[Line]]) -> "Table":
+    """Every study at its middle budget: a few contenders down, studies and tasks across.
+
+    Args:
+        studies: lines by the study's name.
+    """
+    from rich.table import Table
+
+    table = Table(
+        title="points of the task's metric lost to full precision / KL to full precision in millinats per answer "
+        "token, at the middle budget of each study; bold: KL below the mean of 20 random orders after Holm's "
+        "correction for all contenders of the study"
+    )
+    table.add_column("plan")
+    rows: dict[str, list[str]] = {contender: [] for contender in SUMMARY}
+    for name, lines in studies.items():
+        budget = STUDIES[name].budgets[1]
+        of_budget = [line for line in lines if line["budget"] == budget]
+        marks = _marks(of_budget)
+        for task in _unique(line["task"] for line in of_budget):
+            table.add_column(f"{name}, {budget}: {task}", justify="right")
+            found = {line["contender"]: line for line in of_budget if line["task"] == task}
+            for contender, cells in rows.items():
+                line = found[contender]
+                text = f"{-100 * line['metric_to_full'][0]:.1f} / {1000 * line['kl'][0]:.1f}"
+                cells.append(f"**{text}**" if marks.get((task, contender, "kl"), 0) > 0 else text)
+    for contender, cells in rows.items():
+        table.add_row(contender, *cells)
     return table
 
 

@@ -4,9 +4,9 @@ AWQ (arXiv 2511.06516, section 4.1) is made by llm-compressor in an environment 
 math, trivia and code calibration pool, `AWQ-OT` with the task's own calibration set; 4 bits, asymmetric, groups of
 128, all linears but the head. Every quantizer that reads examples reads the first 128 of a task's 512 calibration
 examples, or the first 42 of each of the three tasks' (126). Beside them stand plans of the same bytes, uniform 4 bits
-as `taq quantize` writes it by `--method rtn`, `clip` and `awq` (own and mixed calibration), and, with more bytes and
-therefore compared with neither, one with two layers at 8 bits by the `loss` scorer and the exact knapsack. Lab model,
-plain and conditioned (whose channel scales AWQ can undo: a win there proves nothing), 500 test items per task, greedy.
+as `taq quantize` writes it by `--method rtn`, `clip`, `gptq` and `awq` (own and mixed calibration), and, with more
+bytes and therefore compared with neither, a plan per matrix by the `kl` scorer and the exact knapsack. Lab model, plain
+and conditioned (whose channel scales AWQ can undo: a win there proves nothing), 500 test items per task, greedy.
 
     make peers-llmcompressor
     python -m benchmarks.accuracy_served                        # makes what is missing, evaluates, writes the lines
@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.accuracy import LAB, RESULTS, STUDIES, TASKS, Contender, Study, model_of, scores_of, task_of
+from benchmarks.accuracy import LAB, RESULTS, STUDIES, TASKS, Study, contenders, model_of, scores_of, task_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -91,8 +91,8 @@ def make_ours(study: Study, files: "ModelFiles", task: str, work: Path) -> list[
     own = task_of(study, task)
     mixed = mixed_pool([task_of(study, name) for name in ("math", "trivia", "code")])
     uniform = allocate(files, None, Request(LOWEST, "uniform"))
-    loss = Contender("loss", "knapsack", "layer", {"bits": [4, 8]})
-    planned = allocate(files, scores_of(study, files, loss, task, work), Request(PLANNED, "knapsack"))
+    kl = next(each for each in contenders(study) if each.name == "kl (knapsack, per matrix)")
+    planned = allocate(files, scores_of(study, files, kl, task, work), Request(PLANNED))
     made = []
 
     def add(label: str, plan: "Plan", method: str, calibration: "Task", rival: str | None) -> None:
@@ -105,9 +105,10 @@ def make_ours(study: Study, files: "ModelFiles", task: str, work: Path) -> list[
 
     add("uniform 4-bit, rtn", uniform, "rtn", own, "AWQ-OT")
     add("uniform 4-bit, clip, own", uniform, "clip", own, "AWQ-OT")
+    add("uniform 4-bit, gptq, own", uniform, "gptq", own, "AWQ-OT")
     add("uniform 4-bit, awq, mixed", uniform, "awq", mixed, "AWQ")
     add("uniform 4-bit, awq, own", uniform, "awq", own, "AWQ-OT")
-    add("loss knapsack, awq, own", planned, "awq", own, None)  # has more bytes than either
+    add("kl per matrix, awq, own", planned, "awq", own, None)  # has more bytes than either
     return made
 
 
@@ -204,8 +205,8 @@ def render(lines: Sequence[Line]) -> "list[Table | str]":
     rows = [line for line in lines if line["benchmark"] == "accuracy-awq"]
     table = Table(
         title=f"served by vLLM, n {rows[0]['n']} per task, 95% intervals; paired differences, NLL in millinats per "
-        "answer token. Rival, of the same bytes: AWQ for mixed calibration, AWQ-OT for the task's own; the knapsack "
-        "plan has more bytes and none. Bold: better than its rival, interval without zero"
+        "answer token. Rival, of the same bytes: AWQ for mixed calibration, AWQ-OT for the task's own; the plan per "
+        "matrix has more bytes and none. Bold: better than its rival, interval without zero"
     )
     for column in ("model", "task", "contender", "metric, %", "to full", "to rival", "NLL", "NLL to rival", "MB"):
         table.add_column(column, justify="left" if column in ("model", "task", "contender") else "right")
@@ -234,6 +235,32 @@ def render(lines: Sequence[Line]) -> "list[Table | str]":
         if line["benchmark"] == "accuracy-validation"
     ]
     return [table, *sentences]
+
+
+def summary(lines: Sequence[Line]) -> "Table":
+    """Contenders down, models and tasks across."""
+    from rich.table import Table
+
+    rows = [line for line in lines if line["benchmark"] == "accuracy-awq"]
+    table = Table(
+        title=f"served by vLLM, n {rows[0]['n']} per task: points of the metric lost to full precision / NLL added, in "
+        "millinats per answer token; bold: NLL below that of its rival of the same bytes (AWQ for mixed calibration, "
+        "AWQ-OT for the task's own), paired interval without zero"
+    )
+    table.add_column("contender")
+    table.add_column("MB", justify="right")
+    cells: dict[str, list[str]] = {}
+    for line in rows:
+        if line["contender"] == FULL:
+            table.add_column(f"{line['model']}: {line['task']}", justify="right")
+            continue
+        text = f"{-100 * line['metric_to_full'][0]:.1f} / {1000 * line['nll_to_full'][0]:.2f}"
+        won = line["rival"] and line["nll_to_rival"][2] < 0
+        megabytes = f"{line['weight_bytes'] / 1e6:.2f}"
+        cells.setdefault(line["contender"], [megabytes]).append(f"**{text}**" if won else text)
+    for contender, values in cells.items():
+        table.add_row(contender, *values)
+    return table
 
 
 def _difference(values: Sequence[float], factor: float, digits: int, *, higher_is_better: bool) -> str:

@@ -1,9 +1,9 @@
 """The main job from end to end on the lab model: `make demo`.
 
-For each of three tasks: score every layer (TAQ and the oracle TAQO), spend the same budget by three orders (edges
-first, TAQ, TAQO), write the specialised checkpoints beside uniform 8 and 4 bits, evaluate all of them with the real
-vLLM engine on the task's test items, and compare them item by item. One checkpoint is then served by a real
-`vllm serve` on loopback and asked over HTTP. Everything lands in one folder; finished work is not repeated.
+For each of three tasks: score every layer (TAQ and the oracle TAQO) and every matrix (KL, what `taq` does if it is not
+told otherwise), spend the same bytes on four plans (edges first, TAQ, TAQO, KL), write the specialised checkpoints
+beside uniform 8 and 4 bits, evaluate all of them with the real vLLM engine on the task's test items, and compare them
+item by item. One checkpoint is then served by a real `vllm serve` on loopback and asked over HTTP. Everything lands in one folder; finished work is not repeated.
 
 The model is the *conditioned* lab model (sigma 1.0, seed 0): the same function as the plain one, checked bit for bit,
 with channels of very different size as large models have, which makes 4 bits matter. The plain one is shown beside it.
@@ -53,7 +53,8 @@ SIGMA, SEED = 1.0, 0
 CHECK_PROMPTS = 4  # per task, for the check that conditioning left the function as it was
 ORACLE_EXAMPLES = 128
 UNIFORM = {"uniform 8-bit": "8.2bits", "uniform 4-bit": "4.2bits"}
-CONTENDERS = ("edges", "TAQ", "TAQO")
+CONTENDERS = ("edges", "TAQ", "TAQO", "KL")
+"""`KL` decides matrix by matrix, the others layer by layer."""
 FULL, PLAIN_FULL, PLAIN_4 = "full precision", "plain: full precision", "plain: uniform 4-bit"
 
 console = Console(width=None if sys.stdout.isatty() else 130, soft_wrap=True)
@@ -66,6 +67,7 @@ class Made:
     task: Task
     taq: Scores
     taqo: Scores
+    kl: Scores
     plans: dict[str, Plan]
     checkpoints: dict[str, Path]
 
@@ -97,7 +99,9 @@ def make_checkpoints(model: Path, name: str, budget: str, out: Path) -> Made:
     files, plain = ModelFiles(model), ModelFiles(LAB / "model")
     folder = out / name
     taq, _ = score(files, task, "taq", folder / "scores-taq.json")
-    taqo, _ = score(files, task, "taqo", folder / "scores-taqo.json", {"max_examples": ORACLE_EXAMPLES})
+    oracle = {"max_examples": ORACLE_EXAMPLES}
+    taqo, _ = score(files, task, "taqo", folder / "scores-taqo.json", oracle, granularity="layer")
+    kl, _ = score(files, task, "kl", folder / "scores-kl.json")
     found = agreement(taq, taqo)
     sure = [str(layer_of(s.unit)) for s in taqo.units if s.from_zero]
     console.print(
@@ -108,7 +112,11 @@ def make_checkpoints(model: Path, name: str, budget: str, out: Path) -> Made:
     )
     orders = {"edges": baseline(files, "edges"), "TAQ": taq, "TAQO": taqo}
     plans = {label: allocate(files, None, Request(bits, "uniform")) for label, bits in UNIFORM.items()}
-    plans |= {label: allocate(files, scores, Request(budget)) for label, scores in orders.items()}
+    plans |= {label: allocate(files, scores, Request(budget, "monotone")) for label, scores in orders.items()}
+    sizes = {plans[label].budget.disk_bytes for label in orders}
+    if len(sizes) > 1:
+        raise RuntimeError("the plans by layer differ in size: choose a budget at which they do not")
+    plans["KL"] = allocate(files, kl, Request(f"{sizes.pop()}B"))
     checkpoints = {}
     for label, plan in plans.items():
         slug = label.replace(" ", "-").lower() + (f"-{budget}" if label in CONTENDERS else "")
@@ -119,15 +127,16 @@ def make_checkpoints(model: Path, name: str, budget: str, out: Path) -> Made:
     plan = allocate(plain, None, Request(UNIFORM["uniform 4-bit"], "uniform"))
     checkpoints[PLAIN_4] = folder / "plain-uniform-4-bit"
     quantize_model(plain, plan, checkpoints[PLAIN_4], Calibration(), task)
-    if len({plans[label].budget.disk_bytes for label in CONTENDERS}) > 1:
-        raise RuntimeError("the compared plans differ in size: choose a budget at which they do not")
     for label in CONTENDERS:
-        bits = {layer_of(n): m.bits for n, m in plans[label].matrices.items()}
+        layers: dict[int, list[str]] = {}
+        for matrix, entry in plans[label].matrices.items():
+            layers.setdefault(layer_of(matrix), []).append(str(entry.bits))
+        bits = " ".join(found[0] if len(set(found)) == 1 else "/".join(found) for found in layers.values())
         console.print(
-            f"{label:>5}: bits per layer {' '.join(map(str, bits.values()))}; average "
+            f"{label:>5}: bits per layer {bits}; average "
             f"{plans[label].budget.average_bits:.3f}, {plans[label].budget.disk_bytes / 1e6:.2f} MB"
         )
-    return Made(task, taq, taqo, plans, checkpoints)
+    return Made(task, taq, taqo, kl, plans, checkpoints)
 
 
 def evaluate_all(model: Path, made: list[Made], limit: int, out: Path) -> dict[str, list[Row]]:
@@ -181,9 +190,9 @@ def show(made: list[Made], rows: dict[str, list[Row]], budget: str, out: Path) -
         console.print(table)
         best = winner(rows[name])
         verdict = (
-            f"{best} beats the other two plans of its size: every paired interval excludes zero."
+            f"{best} beats the other plans of its size: every paired interval excludes zero."
             if best
-            else "None of edges, TAQ and TAQO beats both others: some paired interval holds zero."
+            else f"None of {', '.join(CONTENDERS)} beats all others: some paired interval holds zero."
         )
         console.print(f"{name}: {verdict}")
         text.append(f"## {name}\n\n{results_markdown(rows[name], rows[name][0].result)}\n{verdict}\n")
@@ -194,7 +203,8 @@ def show(made: list[Made], rows: dict[str, list[Row]], budget: str, out: Path) -
     write_atomically(out / "results.md", "\n".join(text))
     write_summary(made, rows, budget, out / "summary.jsonl")
     panels = [
-        TaskPanel(one.task.name, one.taq, one.taqo, {label: one.plans[label] for label in CONTENDERS}) for one in made
+        TaskPanel(one.task.name, one.taq, one.taqo, one.kl, {label: one.plans[label] for label in CONTENDERS})
+        for one in made
     ]
     relevance_figure(panels, f"Layer relevance per task, {title}; plans at {budget}", out / "relevance.png")
 
@@ -248,7 +258,7 @@ def main() -> None:
     model = make_model(out)
     made = [make_checkpoints(model, name, arguments.budget, out) for name in arguments.tasks]
     rows = evaluate_all(model, made, arguments.test_items, out)
-    serve_one(made[0], "TAQO")
+    serve_one(made[0], "KL")
     show(made, rows, arguments.budget, out)
     console.print(
         f"\n{(time.monotonic() - started) / 60:.1f} minutes. Look at {out / 'relevance.png'} (why each layer got its "

@@ -210,6 +210,29 @@ def render_damage(lines: Sequence[dict[str, Any]]) -> Any:
     return table
 
 
+def summary(lines: Sequence[dict[str, Any]], examples: int) -> Any:
+    """What each method closes of rtn's KL: methods down, models and tasks across.
+
+    Args:
+        lines: of the damage.
+        examples: only lines of so many calibration examples.
+    """
+    from rich.table import Table
+
+    of_amount = [line for line in lines if line["calibration_examples"] == examples]
+    table = Table(
+        title=f"share of rtn's KL to full precision that is closed at uniform {lines[0]['bits']} bits, {examples} "
+        f"calibration examples of the task, {lines[0]['items']} test items [95%]"
+    )
+    table.add_column("method")
+    for line in of_amount:
+        table.add_column(f"{line['model']}: {line['task']}", justify="right")
+    for method in [method for method in lines[0]["closed"] if method != "rtn"]:
+        shares = [[100 * value for value in line["closed"][method]] for line in of_amount]
+        table.add_row(method, *(f"{share:.0f}% [{low:.0f}, {high:.0f}]" for share, low, high in shares))
+    return table
+
+
 def _yes(holds: bool) -> str:
     return "yes" if holds else "NO"
 

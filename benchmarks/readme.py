@@ -1,12 +1,12 @@
-"""Writes the tables of README.md from the committed result lines; `--check` fails where they differ.
+"""Writes tables from the committed result lines: a summary into README.md, all into benchmarks/results/README.md.
 
-python -m benchmarks.readme
+python -m benchmarks.readme            # writes both; --check fails where they are not what the lines say
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results: written by benchmarks/readme.py -->", "<!-- end of results -->"
 
 ACCURACY_STUDIES = ("conditioned-rtn", "plain-rtn", "dense-rtn", "conditioned-clip", "plain-clip", "dense-clip")
-"""In the order of README; one that was not run yet has no lines and no table."""
+"""In the order of their tables; one that was not run yet has no lines and no table."""
+SUMMARIZED_STUDIES = ("conditioned-rtn", "conditioned-clip", "dense-rtn")
+"""Those where uniform plans lose most; all six have tables."""
+SHOWN_EXAMPLES = 128
+"""What `taq quantize` reads if it is not told otherwise."""
 
 Line = dict[str, Any]
 
@@ -96,7 +100,7 @@ def kernels_table(lines: list[Line]) -> str:
         f"{title}: the fastest of the calls of one interleaved run, weights from memory. *half*: half of the bytes at "
         "4, half at 8 bits. Without bf16 instructions: `python -m benchmarks.kernels --report "
         "benchmarks/results/kernels-cpu.jsonl`.\n\n"
-        "![Speedup over bf16 by tokens](benchmarks/results/kernels-cpu-bf16.png)\n\n"
+        "![Speedup over bf16 by tokens](kernels-cpu-bf16.png)\n\n"
         f"{readme_section(lines)}"
     )
 
@@ -141,18 +145,31 @@ def awq_table(lines: list[Line]) -> str:
     return "\n".join([title + _markdown(table), "", *(f"- {sentence}" for sentence in sentences)])
 
 
-def _markdown(table: "Table") -> str:
-    """A rich table as Markdown, its title as the sentence above."""
-    rows = zip(*(column.cells for column in table.columns), strict=True)
-    header = [str(column.header) for column in table.columns]
+def quantizers_table(lines: list[Line]) -> str:
+    """What each method undoes of the damage, or how long it takes."""
+    from benchmarks.quantizers import render
+
+    flag = " --peer" if lines[0]["benchmark"] == "quantizers-time" else ""
+    title = f"**Quantizers** (`python -m benchmarks.quantizers{flag}`): "
+    return "\n\n".join(title + _markdown(table) for table in render(lines))
+
+
+def _markdown(table: "Table", columns: Sequence[str] = ()) -> str:
+    """A rich table as Markdown, its title as the sentence above; all columns if none are named."""
+    chosen = [column for column in table.columns if not columns or column.header in columns]
+    rows = zip(*(column.cells for column in chosen), strict=True)
+    header = [str(column.header) for column in chosen]
     lines = [f"{table.title}\n", f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+    cells = [[str(cell).replace("\n", "<br>") for cell in row] for row in rows]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)])
 
 
 SECTIONS: dict[str, Callable[[list[Line]], str]] = {
-    "demo-cpu.jsonl": demo_table,
     **{f"accuracy-{name}.jsonl": accuracy_table for name in ACCURACY_STUDIES},
     "accuracy-awq.jsonl": awq_table,
+    "quantizers-cpu.jsonl": quantizers_table,
+    "quantizers-time-cpu.jsonl": quantizers_table,
+    "demo-cpu.jsonl": demo_table,
     "parity-cpu.jsonl": parity_table,
     "serving-cpu.jsonl": serving_table,
     "serving-cpu-bf16.jsonl": serving_table,
@@ -162,42 +179,74 @@ SECTIONS: dict[str, Callable[[list[Line]], str]] = {
 }
 
 
-def render() -> str:
+def results() -> str:
     """All tables, and what they were measured on."""
     parts = []
     for name, section in SECTIONS.items():
-        if not (RESULTS / name).exists():
-            continue
-        lines = [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
-        where = lines[0]
-        versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if k != "vllm")
-        preloaded = f"; preloaded: {', '.join(where['preloaded'])}" if where.get("preloaded") else ""
-        stamp = (
-            f"{where['processor']}, {where['cores']} cores{preloaded}; {versions}; commit {where['commit']}; "
-            f"`results/{name}`"
-        )
-        parts.append(f"{section(lines)}\n\n<sub>{stamp}</sub>")
+        if lines := read(name):
+            where = lines[0]
+            versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if k != "vllm")
+            preloaded = f"; preloaded: {', '.join(where['preloaded'])}" if where.get("preloaded") else ""
+            stamp = (
+                f"{where['processor']}, {where['cores']} cores{preloaded}; {versions}; commit {where['commit']}; "
+                f"`{name}`"
+            )
+            parts.append(f"{section(lines)}\n\n<sub>{stamp}</sub>")
     return "\n\n".join(parts)
+
+
+def summary() -> str:
+    """What a reader of README.md wants to know first."""
+    from benchmarks import accuracy, accuracy_served, large, quantizers, serving
+
+    parts = []
+    studies = {name: lines for name in SUMMARIZED_STUDIES if (lines := read(f"accuracy-{name}.jsonl"))}
+    if studies:
+        parts.append("**Which scorer makes the best plan, at equal bytes?** " + _markdown(accuracy.summary(studies)))
+    if lines := read("quantizers-cpu.jsonl"):
+        parts.append("**Which quantizer?** " + _markdown(quantizers.summary(lines, SHOWN_EXAMPLES)))
+    if lines := read("accuracy-awq.jsonl"):
+        parts.append("**Against llm-compressor's AWQ**, " + _markdown(accuracy_served.summary(lines)))
+    if lines := read("serving-cpu-bf16.jsonl"):
+        shown = ("contender", "tokens/s, batch 1", "tokens/s, batch 8", "prompts of 1024 per s", "memory MB", "load s")
+        parts.append("**Speed and memory on a CPU**, " + _markdown(serving.render(lines)[0], shown))
+    if lines := read("large-cpu.jsonl"):
+        shown = ("model", "GB", "quantizer", "out GB", "score, s (peak GB)", "quantize, s (peak GB)", "below 6 GB")
+        parts.append("**Models beyond memory**: " + _markdown(large.render(lines), shown))
+    return "\n\n".join(parts)
+
+
+def read(name: str) -> list[Line]:
+    """Committed lines; none where the file is not there."""
+    path = RESULTS / name
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _variants(lines: list[Line]) -> str:
     return next(line["model"].removeprefix("lab, ") for line in lines if "conditioned" in line["model"])
 
 
+WRITTEN: dict[Path, Callable[[], str]] = {ROOT / "README.md": summary, RESULTS / "README.md": results}
+"""Who writes what stands between the marks of which file."""
+
+
+def rewritten(path: Path) -> str:
+    """A file's text with what its part between the marks has to be."""
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    return f"{before}{BEGIN}\n\n{WRITTEN[path]()}\n\n{END}{rest.split(END)[1]}"
+
+
 def main() -> None:
-    """Rewrite the section, or check it."""
+    """Rewrite both files, or check them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of date")
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    fresh = f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}"
-    if parser.parse_args().check:
-        sys.exit(
-            "README.md is not what benchmarks/results say: run python -m benchmarks.readme" if fresh != text else 0
-        )
-    readme.write_text(fresh, encoding="utf-8")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a file is out of date")
+    arguments = parser.parse_args()
+    fresh = {path: rewritten(path) for path in WRITTEN}
+    stale = [path.relative_to(ROOT) for path, text in fresh.items() if text != path.read_text(encoding="utf-8")]
+    if arguments.check and stale:
+        sys.exit(f"{', '.join(map(str, stale))}: not what benchmarks/results say; run python -m benchmarks.readme")
+    for path, text in fresh.items() if not arguments.check else ():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

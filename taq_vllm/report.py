@@ -27,6 +27,8 @@ class TaskPanel:
     task: str
     taq: Scores
     taqo: Scores
+    kl: Scores
+    """Of single matrices."""
     plans: Mapping[str, Plan]
     """By label, shown as strips of bits per layer."""
 
@@ -52,7 +54,7 @@ def agreement(one: Scores, other: Scores) -> Agreement:
 
 
 def relevance_figure(panels: Sequence[TaskPanel], title: str, path: Path) -> None:
-    """Draw layer relevance per task: information, stability, combined, the oracle, and the plans as strips.
+    """Draw layer relevance per task: information, stability, combined, the oracle, KL by matrix, the plans as strips.
 
     Args:
         panels: one column each.
@@ -66,19 +68,21 @@ def relevance_figure(panels: Sequence[TaskPanel], title: str, path: Path) -> Non
     from matplotlib.patches import Patch
 
     strips = list(panels[0].plans)
-    heights = [1, 1, 1, 1, 1, 0.22 * len(strips)]
+    heights = [1, 1, 1, 1, 1, 1, 0.22 * len(strips)]
     figure, grid = pyplot.subplots(
         len(heights),
         len(panels),
-        figsize=(4.2 * len(panels), 11),
+        figsize=(4.2 * len(panels), 12.5),
         sharex="col",
         squeeze=False,
         gridspec_kw={"height_ratios": heights},
         layout="constrained",
     )
+    kinds = list(dict.fromkeys(s.unit.rpartition(".")[2] for s in panels[0].kl.units))
+    colours = pyplot.colormaps["viridis"]([place / len(kinds) for place in range(len(kinds))])
     for column, panel in enumerate(panels):
         layers = [layer_of(s.unit) for s in panel.taq.units]
-        information, stability, combined, drop, nll, strip = grid[:, column]
+        information, stability, combined, drop, nll, divergence, strip = grid[:, column]
         information.set_title(panel.task)
         for axes, name, colour in ((information, "information", "#2a7f62"), (stability, "stability", "#b5651d")):
             values = [s.details[name] for s in panel.taq.units]
@@ -113,6 +117,17 @@ def relevance_figure(panels: Sequence[TaskPanel], title: str, path: Path) -> Non
             error_kw={"lw": 0.8},
         )
         nll.axhline(0, color="0.7", lw=0.6)
+        below = dict.fromkeys(layers, 0.0)
+        for name, colour in zip(kinds, colours, strict=True):
+            costs = [(layer_of(s.unit), s.score) for s in panel.kl.units if s.unit.rpartition(".")[2] == name]
+            divergence.bar(
+                [layer for layer, _ in costs],
+                [cost for _, cost in costs],
+                bottom=[below[layer] for layer, _ in costs],
+                color=colour,
+                label=name.removesuffix("_proj"),
+            )
+            below |= {layer: below[layer] + cost for layer, cost in costs}
         for row, label in enumerate(strips):
             for name, entry in panel.plans[label].matrices.items():
                 # Matrices of one layer lie side by side in its cell, so that mixed layers show.
@@ -132,11 +147,13 @@ def relevance_figure(panels: Sequence[TaskPanel], title: str, path: Path) -> Non
             "TAQ relevance R",
             "oracle: exact match\nlost (points)",
             "oracle: answer NLL\nadded (nats/token)",
+            "KL of its matrices\n(nats/token, summed)",
             "bits",
         ),
         strict=True,
     ):
         axes.set_ylabel(label)
+    grid[-2, -1].legend(ncols=2, fontsize="x-small", frameon=False)
     figure.legend(
         handles=[Patch(color=colour, label=f"{bits} bits") for bits, colour in _BIT_COLOURS.items()],
         loc="outside lower right",

@@ -458,8 +458,8 @@ def test_committed_lines_are_whole_and_small(study):
             assert line["average_bits"] <= float(line["budget"].removesuffix("bits"))
 
 
-def test_every_study_of_the_readme_has_lines_and_its_verdict_stands_there():
-    text = (accuracy.LAB.parents[1] / "README.md").read_text(encoding="utf-8")
+def test_every_study_of_the_results_has_lines_and_its_verdict_stands_there():
+    text = (accuracy.RESULTS / "README.md").read_text(encoding="utf-8")
     shown = {name for name in STUDIES if f"benchmarks.accuracy {name}`" in text or f"accuracy-{name}.jsonl" in text}
     for name in shown:
         assert STUDIES[name].results.exists(), f"README.md shows {name}, which has no committed lines"
@@ -474,7 +474,7 @@ def test_a_plan_of_more_bytes_has_no_rival_among_the_baselines(monkeypatch, tmp_
     monkeypatch.setattr(accuracy_served, "scores_of", lambda _, files, *__: baseline(files, "random", {"seed": 0}))
     made = accuracy_served.make_ours(study, accuracy.model_of(study, tmp_path), "math", tmp_path)
     found = {served.label: (served.rival, served.examples) for served in made}
-    assert found["loss knapsack, awq, own"] == (None, 128)
+    assert found["kl per matrix, awq, own"] == (None, 128)
     assert found["uniform 4-bit, awq, own"] == ("AWQ-OT", 128)
     assert found["uniform 4-bit, awq, mixed"] == ("AWQ", 126)
     assert found["uniform 4-bit, rtn"] == ("AWQ-OT", None)

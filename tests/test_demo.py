@@ -20,6 +20,7 @@ def test_the_demo_does_the_whole_job_for_a_task(tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in (out / "summary.jsonl").read_text().splitlines()]
     sizes = {line["plan"]: line["average_bits"] for line in lines}
     assert sizes["edges"] == sizes["TAQ"] == sizes["TAQO"] < 5.0
+    assert sizes["TAQO"] - 0.02 < sizes["KL"] <= sizes["TAQO"]  # a few bytes are less than any matrix takes
     assert {line["n"] for line in lines} == {2}
     assert "| full precision |" in (out / "results.md").read_text()
     assert "trivia (em) | full precision" in readme.demo_table(lines)
@@ -49,9 +50,9 @@ def test_parity_names_what_is_too_far_away():
     assert "further apart" in requirements([line | {"texts_equal": 2}])[0]
 
 
-def test_readme_shows_what_the_committed_lines_say():
-    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.split(readme.BEGIN)[1].split(readme.END)[0].strip() == readme.render().strip()
+@pytest.mark.parametrize("path", readme.WRITTEN, ids=lambda path: str(path.relative_to(readme.ROOT)))
+def test_a_readme_shows_what_the_committed_lines_say(path):
+    assert path.read_text(encoding="utf-8") == readme.rewritten(path)
 
 
 def test_a_table_becomes_markdown_with_its_numbers():

@@ -65,6 +65,11 @@ def scores_of(values, name="taq"):
     )
 
 
+def replace_units(scores, names):
+    units = tuple(s.model_copy(update={"unit": name}) for s, name in zip(scores.units, names, strict=True))
+    return scores.model_copy(update={"units": units, "granularity": "module"})
+
+
 GOOD, BAD = [1] * 80 + [0] * 20, [1] * 60 + [0] * 40
 
 
@@ -110,7 +115,9 @@ def test_the_figure_draws_every_task_and_shows_mixed_layers(tmp_path):
         budget=Budget(asked="5bits", average_bits=5, planned_bytes=1, disk_bytes=1, resident_bytes=1),
         matrices={f"model.layers.{i // 2}.m{i % 2}": MatrixPlan(bits=b, **entry) for i, b in enumerate(bits)},
     )
-    panels = [TaskPanel(name, scores_of([1, 2, 3, 4]), scores_of([0, 0, 1, 0], "taqo"), {"TAQ": plan}) for name in "ab"]
+    by_matrix = replace_units(scores_of([1, 2, 3, 4], "kl"), [f"model.layers.{i // 2}.m{i % 2}" for i in range(4)])
+    oracle = scores_of([0, 0, 1, 0], "taqo")
+    panels = [TaskPanel(name, scores_of([1, 2, 3, 4]), oracle, by_matrix, {"TAQ": plan}) for name in "ab"]
     relevance_figure(panels, "title", tmp_path / "sub" / "figure.png")
     pixels = image.imread(tmp_path / "sub" / "figure.png")
     assert pixels.shape[1] > 800

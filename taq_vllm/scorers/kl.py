@@ -49,7 +49,7 @@ class Settings(BaseModel):
     bits: tuple[int, ...] = (4,)
     symmetric: bool | None = None
     """None: what plans do at each bitwidth (asymmetric below 8)."""
-    max_examples: int = Field(64, ge=2)
+    max_examples: int = Field(128, ge=2)
     max_tokens: int = Field(512, ge=1)
     batch_size: int = Field(16, ge=1)
     seed: int = 0
