@@ -3,7 +3,8 @@
 For each of three tasks: score every layer (TAQ and the oracle TAQO) and every matrix (KL, what `taq` does if it is not
 told otherwise), spend the same bytes on four plans (edges first, TAQ, TAQO, KL), write the specialised checkpoints
 beside uniform 8 and 4 bits, evaluate all of them with the real vLLM engine on the task's test items, and compare them
-item by item. One checkpoint is then served by a real `vllm serve` on loopback and asked over HTTP. Everything lands in one folder; finished work is not repeated.
+item by item. One checkpoint is then served by a real `vllm serve` on loopback and asked over HTTP. Everything lands in
+one folder; finished work is not repeated.
 
 The model is the *conditioned* lab model (sigma 1.0, seed 0): the same function as the plain one, checked bit for bit,
 with channels of very different size as large models have, which makes 4 bits matter. The plain one is shown beside it.

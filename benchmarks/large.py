@@ -294,7 +294,7 @@ def whole_way(
     def never() -> int:
         return 0
 
-    score = ["score", str(model), "--task", task, "-o", scores, "--device", "cpu", *chosen]
+    score = ["score", str(model), "--scorer", "taq", "--task", task, "-o", scores, "--device", "cpu", *chosen]
     quantize = ["quantize", str(model), "--plan", plan, "-o", out, "--method", method, "--device", "cpu", *on_task]
     return [
         run_step("score", score, env, scored, kills("score")),
