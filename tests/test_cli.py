@@ -94,7 +94,11 @@ def test_dry_runs_print_sizes_and_write_nothing(taq, model, tmp_path):
             2,
             "one",
         ),
-        (["specialize", "MODEL", "--task", "TASK", "--budget", "8bits", "-o", "OUT", "--head"], 1, "--pin lm_head=8"),
+        (
+            ["specialize", "MODEL", "--scorer", "taq", "--task", "TASK", "--budget", "8bits", "-o", "OUT", "--head"],
+            1,
+            "--pin lm_head=8",
+        ),
     ],
 )
 def test_wrong_input_is_one_clear_message_and_the_right_exit_code(taq, model, task, tmp_path, arguments, code, said):

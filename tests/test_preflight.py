@@ -259,7 +259,7 @@ def test_processes_share_the_examples_of_an_estimate_and_one_prints_it(small, ta
     alone = preflight.score_estimate(files, load_task(task_file), "taq", output, {"batch_size": 1}, "cpu")
     plan = tmp_path / "plan.json"
     allocate(files, baseline(files, "edges"), Request("6.0bits")).save(plan)
-    score = ["score", small, *task, "-o", output, "--set", "batch_size=1"]
+    score = ["score", small, "--scorer", "taq", *task, "-o", output, "--set", "batch_size=1"]
     quantize = ["quantize", small, *task, "--plan", plan, "-o", tmp_path / "out", "--examples", 4, "--method", "clip"]
     (scored, quantized), others = _torchrun(2, score, quantize)
     assert others == ["", ""]
