@@ -1,9 +1,9 @@
 """Which scorer makes the best plan? All of them at equal bytes, on the lab models, against random orders.
 
 A *study* is a model and a quantizer: `conditioned-rtn` (the conditioned lab model, round to nearest), `plain-rtn`,
-`dense-rtn` (the knowledge-dense model, bitwidths 3, 4 and 8), and the same with `clip`, whose ranges are fitted on the
+`dense-rtn` (the knowledge-dense model, bitwidths 3, 4 and 8), and the same with `gptq`, whose codes are fitted to the
 task's own calibration inputs *of the full-precision model*, so that a matrix is fitted once per bitwidth (`taq
-quantize` fits it on what the quantized blocks before it give). In each, for every task and budget, every contender
+quantize` fits it to what the quantized matrices before it give). In each, for every task and budget, every contender
 gets the same bytes: `random` (20 seeds), `edges`, `uniform (spread over the layers)`, `weight-error`, `taq` with both
 signs of the stability term and with relative variance, and `taqo`, `kl`, `loss`; the last four also with the exact
 knapsack over their costs, per layer and per matrix. `uniform (the lowest bits)` stands beside them with fewer bytes.
@@ -56,7 +56,7 @@ RESULTS = Path(__file__).parent / "results"
 TASKS = ("trivia", "math", "code")
 SEEDS = 20
 CALIBRATION_EXAMPLES = 128
-"""Read by `clip`, as `taq quantize` does."""
+"""Read by `gptq`, as `taq quantize` does."""
 SCORED_EXAMPLES = 128
 """Read by every scorer that reads examples, so that none is better for having seen more."""
 QUANTITIES = ("metric", "nll", "kl")
@@ -91,7 +91,7 @@ class Study:
 
     Attributes:
         model: `conditioned`, `plain` or `dense`.
-        quantizer: `rtn` or `clip`.
+        quantizer: `rtn` or `gptq`.
         menu: bitwidths of the plans, ascending.
         budgets: average bits, scales counted. Each is what whole layers come to (one, two and five of twelve at 8
             bits), so that plans per matrix, which fill any budget, have the same bytes.
@@ -121,9 +121,9 @@ STUDIES = {
         Study("conditioned", "rtn"),
         Study("plain", "rtn"),
         Study("dense", "rtn", **DENSE),
-        Study("conditioned", "clip"),
-        Study("plain", "clip"),
-        Study("dense", "clip", **DENSE),
+        Study("conditioned", "gptq"),
+        Study("plain", "gptq"),
+        Study("dense", "gptq", **DENSE),
     )
 }
 
@@ -319,7 +319,7 @@ def run_task(study: Study, task_name: str, work: Path, items: int | None = None)
     """
     from transformers.utils import logging
 
-    from benchmarks.offline import Evaluator, FakeQuantized, check_groups, input_energy
+    from benchmarks.offline import Evaluator, FakeQuantized, check_groups, input_moments
     from benchmarks.provenance import provenance
     from taq_vllm.plan import SYMMETRIC
 
@@ -331,7 +331,7 @@ def run_task(study: Study, task_name: str, work: Path, items: int | None = None)
         "evaluator": EVALUATOR,
         "fingerprint": files.ref.fingerprint,
         "quantizer": study.quantizer,
-        "calibration": task.calibration_sha256 if study.quantizer == "clip" else None,
+        "calibration": task.calibration_sha256 if study.quantizer == "gptq" else None,
         "test": task.test_sha256,
         "items": items,
     }
@@ -344,10 +344,8 @@ def run_task(study: Study, task_name: str, work: Path, items: int | None = None)
     waiting = {_key(bits): bits for bits in asked if bits not in journal}
     tokens_file = work / f"tokens-{study.model}-{task_name}{suffix}.json"
     if waiting or not tokens_file.exists():
-        importance = input_energy(files, task, CALIBRATION_EXAMPLES) if study.quantizer == "clip" else None
-        evaluator = Evaluator(
-            files, task, FakeQuantized(files, SYMMETRIC, importance), items, allow_code_execution=True
-        )
+        moments = input_moments(files, task, CALIBRATION_EXAMPLES) if study.quantizer == "gptq" else None
+        evaluator = Evaluator(files, task, FakeQuantized(files, SYMMETRIC, moments), items, allow_code_execution=True)
         _evaluate_all(evaluator, [waiting[key] for key in sorted(waiting)], journal, f"{study.name} {task_name}")
         tokens_file.write_text(json.dumps(evaluator.tokens))
     tokens = json.loads(tokens_file.read_text())
@@ -792,7 +790,7 @@ def render(lines: Sequence[Line], budget: str) -> "Table":
     of_budget = [line for line in lines if line["budget"] == budget]
     [random] = [line for line in of_budget if line["contender"] == "random" and line["task"] == tasks[0]]
     quantizer = STUDIES[lines[0]["study"]].quantizer
-    fitted = ", ranges fitted on inputs of the full-precision model" if quantizer == "clip" else ""
+    fitted = ", fitted on inputs of the full-precision model" if quantizer == "gptq" else ""
     table = Table(
         title=f"{lines[0]['study']}{fitted}, {budget}, n {random['n']} per task. Metric in % with its paired "
         "difference to full precision; NLL and KL in millinats per answer token as differences to the mean of random, "

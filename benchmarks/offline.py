@@ -10,9 +10,9 @@ Plans that agree on the first layers share them: the hidden states after every b
 changes a block before them, so plans are best asked for in the order of their first layers.
 
 For models whose blocks attend to everything before (no sliding windows). What is served runs in 16 bits, where ties
-and near-ties may fall differently: `benchmarks/accuracy_served.py` compares with the real engine. `clip` is fitted on
-inputs of the full-precision model, once per matrix and bitwidth, while `taq quantize` fits it on what the blocks before
-it give as they are quantized.
+and near-ties may fall differently: `benchmarks/accuracy_served.py` compares with the real engine. `gptq` is fitted on
+inputs of the full-precision model, once per matrix and bitwidth, while `taq quantize` fits it on what the matrices
+before it give as they are quantized.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from taq_vllm.evaluate import judge
 from taq_vllm.generate import greedy
+from taq_vllm.methods import gptq
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import GROUP_SIZE
-from taq_vllm.quantizer import quantize, search_clip
+from taq_vllm.quantizer import quantize
 from taq_vllm.tasks import Task, tokenize
 from taq_vllm.units import layer_of
 
@@ -88,16 +89,20 @@ class FakeQuantized:
     Args:
         files: the full-precision model.
         symmetric: per bitwidth.
-        importance: E[x_k^2] per matrix of the full-precision model's inputs, for `clip`; None rounds to nearest
-            (`rtn`).
+        moments: E[x x^T] [K, K] per matrix of the full-precision model's inputs, for `gptq`, which makes its factors
+            of them in place; None rounds to nearest (`rtn`).
     """
 
     def __init__(
-        self, files: ModelFiles, symmetric: Mapping[int, bool], importance: Mapping[str, Tensor] | None = None
+        self, files: ModelFiles, symmetric: Mapping[int, bool], moments: Mapping[str, Tensor] | None = None
     ) -> None:
         self._files = files
         self._symmetric = symmetric
-        self._importance = importance
+        self._settings = gptq.Settings()
+        self._factors = {
+            name: (second.diagonal().clone(), gptq.inverse_factor(second, self._settings.damping))
+            for name, second in (moments or {}).items()
+        }
         self._made: dict[tuple[str, int], Tensor] = {}
 
     def __call__(self, name: str, bits: int) -> Tensor:
@@ -106,18 +111,19 @@ class FakeQuantized:
             weight = self._files.read(f"{name}.weight")
             if bits < 16:
                 symmetric = self._symmetric[bits]
-                if self._importance is None:
-                    quantized = quantize(weight, bits, symmetric)
+                if self._factors:
+                    energy, factor = self._factors[name]
+                    quantized = gptq.round_with(factor, weight, bits, symmetric, energy, weight.dtype, self._settings)
                 else:
-                    quantized = search_clip(weight, bits, symmetric, self._importance[name])
+                    quantized = quantize(weight, bits, symmetric)
                 weight = quantized.dequantize()
             self._made[name, bits] = weight.float()
         return self._made[name, bits]
 
 
-@torch.inference_mode()
-def input_energy(files: ModelFiles, task: Task, examples: int) -> dict[str, Tensor]:
-    """E[x_k^2] [K] float32 of every matrix's inputs, full-precision model, over the first calibration examples."""
+@torch.no_grad()
+def input_moments(files: ModelFiles, task: Task, examples: int) -> dict[str, Tensor]:
+    """E[x x^T] [K, K] float32 of every matrix's inputs, full-precision model, over the first calibration examples."""
     model, tokenizer = _load(files)
     sequences = tokenize(
         task.calibration[:examples],
@@ -126,18 +132,19 @@ def input_energy(files: ModelFiles, task: Task, examples: int) -> dict[str, Tens
         with_completion=True,
         max_length=model.config.max_position_embeddings,
     )
-    sums = {name: torch.zeros(shape[1], dtype=torch.float64) for name, shape in files.matrices.items()}
+    sums = {name: torch.zeros(shape[1], shape[1]) for name, shape in files.matrices.items()}
     tokens = 0
 
     def watch(name: str, inputs: tuple[Tensor, ...]) -> None:
-        sums[name] += inputs[0].square().flatten(0, -2).double().sum(0)
+        states = inputs[0].flatten(0, -2)
+        sums[name].addmm_(states.T, states)
 
     for name in sums:
         model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: watch(name, inputs))
     for sequence in sequences:
         model.model(input_ids=torch.tensor([sequence.input_ids]), use_cache=False)
         tokens += len(sequence.input_ids)
-    return {name: (total / tokens).float() for name, total in sums.items()}
+    return {name: total / tokens for name, total in sums.items()}
 
 
 class Evaluator:

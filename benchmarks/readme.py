@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results: written by benchmarks/readme.py -->", "<!-- end of results -->"
 
-ACCURACY_STUDIES = ("conditioned-rtn", "plain-rtn", "dense-rtn", "conditioned-clip", "plain-clip", "dense-clip")
+ACCURACY_STUDIES = ("conditioned-rtn", "plain-rtn", "dense-rtn", "conditioned-gptq", "plain-gptq", "dense-gptq")
 """In the order of their tables; one that was not run yet has no lines and no table."""
-SUMMARIZED_STUDIES = ("conditioned-rtn", "conditioned-clip", "dense-rtn")
+SUMMARIZED_STUDIES = ("conditioned-rtn", "dense-rtn", "conditioned-gptq", "dense-gptq")
 """Those where uniform plans lose most; all six have tables."""
 SHOWN_EXAMPLES = 128
 """What `taq quantize` reads if it is not told otherwise."""
@@ -127,10 +127,10 @@ def accuracy_table(lines: list[Line]) -> str:
     study = STUDIES[lines[0]["study"]]
     title = f"**All scorers at equal bytes: {study.name}** (`python -m benchmarks.accuracy {study.name}`): "
     holds = [f"- {sentence}" for sentence in (*must_hold(lines), *comparisons(lines, study.budgets[1]))]
-    if study.quantizer == "clip":
+    if study.quantizer == "gptq":
         holds.append(
-            "- `clip` here is fitted once per matrix, on inputs of the full-precision model; `taq quantize` fits it on "
-            "what the quantized blocks before it give."
+            "- `gptq` here is fitted once per matrix, on inputs of the full-precision model; `taq quantize` fits it on "
+            "what the quantized matrices before it give."
         )
     others = f"All budgets, in tables and in sentences: `python -m benchmarks.accuracy --table {study.name}`."
     return "\n".join([title + _markdown(render(lines, study.budgets[1])), "", *holds, "", others])
