@@ -66,7 +66,8 @@ SUMMARY = (
     "edges",
     "weight-error (knapsack)",
     "weight-error (knapsack, per matrix)",
-    "taq (stability_sign -1)",
+    "taq (stability_sign -1, variance absolute)",
+    "taq (stability_sign 1, variance relative)",
     "taqo (knapsack)",
     "loss (knapsack)",
     "kl (knapsack)",
@@ -160,7 +161,7 @@ class Contender:
 
 def contenders(study: Study) -> list[Contender]:
     """Everyone but random, which has seeds."""
-    taq = [{"stability_sign": sign, **variance} for variance in ({}, {"variance": "relative"}) for sign in (-1, 1)]
+    taq = [{"stability_sign": sign, "variance": kind} for kind in ("absolute", "relative") for sign in (-1, 1)]
     found = [Contender("uniform", "uniform"), Contender("uniform"), Contender("edges")]
     found += [Contender("taq", settings={**settings, "max_examples": SCORED_EXAMPLES}) for settings in taq]
     for scorer in ("weight-error", *PROOF):

@@ -143,7 +143,7 @@ def relevance_figure(panels: Sequence[TaskPanel], title: str, path: Path) -> Non
         grid[:, 0],
         (
             "information H\n(entropy, nats)",
-            "stability S\n(minus variance)",
+            "stability S\n(signed variance)",
             "TAQ relevance R",
             "oracle: exact match\nlost (points)",
             "oracle: answer NLL\nadded (nats/token)",

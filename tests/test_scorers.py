@@ -155,8 +155,11 @@ def test_a_constant_column_scores_zeros_not_nan():
     assert torch.isfinite(result.influence).all()
 
 
+PAPER = {"stability_sign": -1, "variance": "absolute"}
+
+
 def test_taq_equals_equations_3_to_5_computed_from_transformers_hidden_states(files, task, tmp_path):
-    scores, _ = score(files, task, "taq", tmp_path / "s.json", {"reservoir": 100000, "batch_size": 5})
+    scores, _ = score(files, task, "taq", tmp_path / "s.json", PAPER | {"reservoir": 100000, "batch_size": 5})
     model = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(files.path)
     outputs = [[] for _ in range(files.layers)]
@@ -182,7 +185,7 @@ def test_taq_equals_equations_3_to_5_computed_from_transformers_hidden_states(fi
 
 
 def test_flipping_the_stability_sign_flips_its_part(files, task, tmp_path):
-    minus, _ = score(files, task, "taq", tmp_path / "a.json")
+    minus, _ = score(files, task, "taq", tmp_path / "a.json", {"stability_sign": -1})
     plus, _ = score(files, task, "taq", tmp_path / "b.json", {"stability_sign": 1})
     for one, other in zip(minus.units, plus.units, strict=True):
         assert one.details["z_stability"] == pytest.approx(-other.details["z_stability"])
