@@ -11,6 +11,7 @@ from taq_vllm.checkpoint import Calibration, Verified, quantize_model, verify
 from taq_vllm.distributed import first
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import Plan
+from taq_vllm.scorers import DEFAULT_SCORER
 from taq_vllm.scores import Scores
 from taq_vllm.scoring import default_granularity, granularities, score
 from taq_vllm.stream import HIDDEN_LIMIT_BYTES
@@ -35,7 +36,7 @@ def specialize(
     output: Path,
     request: Request,
     calibration: Calibration,
-    scorer: str = "kl",
+    scorer: str = DEFAULT_SCORER,
     scorer_settings: dict[str, Any] | None = None,
     device: str = "auto",
     force: bool = False,

@@ -75,8 +75,6 @@ FixedMs = Annotated[
     float | None, typer.Option(min=0, help="Milliseconds of a step beside its matrices, if `tune --step` was not run.")
 ]
 DEFAULT_MENU = ",".join(map(str, BITS_MENU))
-DEFAULT_SCORER = "kl"
-"""Its plans per matrix beat or equalled every other scorer's (README.md, "What was measured")."""
 ScorerOption = Annotated[str, typer.Option(help=f"What measures need of precision: {', '.join(SCORERS)}.")]
 MethodOption = Annotated[str, typer.Option(help=f"How codes are fitted: {', '.join(METHODS)}; rtn reads no data.")]
 MethodSetting = Annotated[

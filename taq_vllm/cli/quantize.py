@@ -26,6 +26,7 @@ from taq_vllm.cli.options import (
     sizes,
     summary,
 )
+from taq_vllm.methods import DEFAULT_METHOD
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import Plan
 
@@ -35,7 +36,7 @@ def quantize(
     plan_file: Annotated[Path, typer.Option("--plan", help="Plan file made by `taq plan`.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The new checkpoint's folder.")],
     task: Annotated[Path | None, typer.Option(help="Task on whose inputs the method fits.")] = None,
-    method: MethodOption = "clip",
+    method: MethodOption = DEFAULT_METHOD,
     method_set: MethodSetting = None,
     examples: Examples = 128,
     inputs: Inputs = "quantized",

@@ -7,7 +7,6 @@ import typer
 
 from taq_vllm.cli.options import (
     DEFAULT_HIDDEN_MEMORY,
-    DEFAULT_SCORER,
     Device,
     Force,
     HiddenMemory,
@@ -23,6 +22,7 @@ from taq_vllm.cli.options import (
     settings_of,
 )
 from taq_vllm.model_files import ModelFiles
+from taq_vllm.scorers import DEFAULT_SCORER
 from taq_vllm.units import GRANULARITIES
 
 

@@ -7,7 +7,6 @@ import typer
 
 from taq_vllm.cli.options import (
     DEFAULT_HIDDEN_MEMORY,
-    DEFAULT_SCORER,
     AllocationOption,
     Asymmetric,
     BudgetOption,
@@ -46,7 +45,9 @@ from taq_vllm.cli.options import (
     settings_of,
     sizes,
 )
+from taq_vllm.methods import DEFAULT_METHOD
 from taq_vllm.model_files import ModelFiles
+from taq_vllm.scorers import DEFAULT_SCORER
 
 
 def specialize(
@@ -65,7 +66,7 @@ def specialize(
     pin: Pin = None,
     symmetric: Symmetric = None,
     asymmetric: Asymmetric = None,
-    method: MethodOption = "clip",
+    method: MethodOption = DEFAULT_METHOD,
     method_set: MethodSetting = None,
     examples: Examples = 128,
     inputs: Inputs = "quantized",

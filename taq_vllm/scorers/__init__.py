@@ -19,3 +19,6 @@ import pkgutil
 
 SCORERS = tuple(sorted(found.name.replace("_", "-") for found in pkgutil.iter_modules(__path__)))
 """Names; a scorer's module is imported when it is used."""
+
+DEFAULT_SCORER = "kl"
+"""Its plans per matrix were the best ones measured (README.md, "What was measured")."""
