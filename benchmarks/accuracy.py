@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from taq_vllm.methods import DEFAULT_EXAMPLES
 from taq_vllm.metrics import CONFIDENCE, RESAMPLES, paired_difference, wilson_interval
 
 if TYPE_CHECKING:
@@ -55,8 +56,6 @@ LAB = Path(__file__).parent / "lab"
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("trivia", "math", "code")
 SEEDS = 20
-CALIBRATION_EXAMPLES = 128
-"""Read by `gptq`, as `taq quantize` does."""
 SCORED_EXAMPLES = 128
 """Read by every scorer that reads examples, so that none is better for having seen more."""
 QUANTITIES = ("metric", "nll", "kl")
@@ -332,7 +331,7 @@ def run_task(study: Study, task_name: str, work: Path, items: int | None = None)
         "evaluator": EVALUATOR,
         "fingerprint": files.ref.fingerprint,
         "quantizer": study.quantizer,
-        "calibration": task.calibration_sha256 if study.quantizer == "gptq" else None,
+        "calibration": f"{task.calibration_sha256} {DEFAULT_EXAMPLES}" if study.quantizer == "gptq" else None,
         "test": task.test_sha256,
         "items": items,
     }
@@ -345,7 +344,7 @@ def run_task(study: Study, task_name: str, work: Path, items: int | None = None)
     waiting = {_key(bits): bits for bits in asked if bits not in journal}
     tokens_file = work / f"tokens-{study.model}-{task_name}{suffix}.json"
     if waiting or not tokens_file.exists():
-        moments = input_moments(files, task, CALIBRATION_EXAMPLES) if study.quantizer == "gptq" else None
+        moments = input_moments(files, task, DEFAULT_EXAMPLES) if study.quantizer == "gptq" else None
         evaluator = Evaluator(files, task, FakeQuantized(files, SYMMETRIC, moments), items, allow_code_execution=True)
         _evaluate_all(evaluator, [waiting[key] for key in sorted(waiting)], journal, f"{study.name} {task_name}")
         tokens_file.write_text(json.dumps(evaluator.tokens))

@@ -21,7 +21,7 @@ ACCURACY_STUDIES = ("conditioned-rtn", "plain-rtn", "dense-rtn", "conditioned-gp
 """In the order of their tables; one that was not run yet has no lines and no table."""
 SUMMARIZED_STUDIES = ("conditioned-rtn", "dense-rtn", "conditioned-gptq", "dense-gptq")
 """Those where uniform plans lose most; all six have tables."""
-SHOWN_EXAMPLES = 128
+SHOWN_EXAMPLES = 512
 """What `taq quantize` reads if it is not told otherwise."""
 
 Line = dict[str, Any]

@@ -35,7 +35,7 @@ from taq_vllm.distributed import first, share, total, world
 from taq_vllm.fitting import Block, method_named, settings_of
 from taq_vllm.general_text import GeneralText
 from taq_vllm.hidden_states import HiddenStates
-from taq_vllm.methods import DEFAULT_METHOD
+from taq_vllm.methods import DEFAULT_EXAMPLES, DEFAULT_METHOD
 from taq_vllm.model_files import ModelFiles, read_header, write_tensors
 from taq_vllm.plan import BITS_MENU, GROUP_SIZE, PLAN_FILE, MatrixPlan, Plan, TaskRef, write_atomically
 from taq_vllm.progress import track
@@ -73,7 +73,7 @@ class Calibration:
 
     method: str = DEFAULT_METHOD
     settings: Mapping[str, Any] = field(default_factory=dict)
-    examples: int = 128
+    examples: int = DEFAULT_EXAMPLES
     max_tokens: int = 512
     batch_size: int = 8
     inputs: Literal["quantized", "full"] = "quantized"

@@ -26,7 +26,7 @@ from taq_vllm.cli.options import (
     sizes,
     summary,
 )
-from taq_vllm.methods import DEFAULT_METHOD
+from taq_vllm.methods import DEFAULT_EXAMPLES, DEFAULT_METHOD
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import Plan
 
@@ -38,7 +38,7 @@ def quantize(
     task: Annotated[Path | None, typer.Option(help="Task on whose inputs the method fits.")] = None,
     method: MethodOption = DEFAULT_METHOD,
     method_set: MethodSetting = None,
-    examples: Examples = 128,
+    examples: Examples = DEFAULT_EXAMPLES,
     inputs: Inputs = "quantized",
     mix_general: MixGeneral = 0.0,
     general_data: GeneralData = None,

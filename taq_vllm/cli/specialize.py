@@ -45,7 +45,7 @@ from taq_vllm.cli.options import (
     settings_of,
     sizes,
 )
-from taq_vllm.methods import DEFAULT_METHOD
+from taq_vllm.methods import DEFAULT_EXAMPLES, DEFAULT_METHOD
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.scorers import DEFAULT_SCORER
 
@@ -68,7 +68,7 @@ def specialize(
     asymmetric: Asymmetric = None,
     method: MethodOption = DEFAULT_METHOD,
     method_set: MethodSetting = None,
-    examples: Examples = 128,
+    examples: Examples = DEFAULT_EXAMPLES,
     inputs: Inputs = "quantized",
     mix_general: MixGeneral = 0.0,
     general_data: GeneralData = None,
