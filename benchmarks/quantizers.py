@@ -2,10 +2,10 @@
 
 Damage: every matrix of the lab model, plain and conditioned, at 4 bits, by each method with its defaults and the
 task's own calibration examples (all 512, as `taq quantize` does, and the first 128), written as a checkpoint and read
-back. KL(full || quantized) in nats of the next-token distributions, averaged over the answers' tokens of test items, weights as the codes stand for them,
-computed in float32. The share of `rtn`'s KL that a method closes has a 95% interval by bootstrap over items (paired).
-Must hold: `gptq` or `learned` closes at least half of it on every task of both models; for each of the two it is said
-whether the estimate does, and whether the interval's lower bound does.
+back. KL(full || quantized) in nats of the next-token distributions, averaged over the answers' tokens of test items,
+weights as the codes stand for them, computed in float32. The share of `rtn`'s KL that a method closes has a 95%
+interval by bootstrap over items (paired). Must hold: `gptq` or `learned` closes at least half of it on every task of
+both models; for each of the two it is said whether the estimate does, and whether the interval's lower bound does.
 
 Time: two blocks of TinyLlama's shape with random weights; the same matrices, the same calibration tokens, one thread,
 a fresh process for each, in turn. For ours: reading the blocks, fitting, and the passes to the next block; for
