@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock
 
 from taq_vllm.methods import DEFAULT_EXAMPLES
 from taq_vllm.metrics import CONFIDENCE, RESAMPLES, paired_difference, wilson_interval
@@ -233,16 +234,19 @@ def scores_of(study: Study, files: "ModelFiles", contender: Contender, task: str
     of_task = contender.task or task
     settings = "-".join(f"{key}-{value}" for key, value in contender.settings.items())
     slug = re.sub("[^a-z0-9_-]+", ".", f"{contender.scorer}-{contender.granularity}-{settings}")
-    return score(
-        files,
-        task_of(study, of_task),
-        contender.scorer,
-        work / "scores" / study.model / of_task / f"{slug}.json",
-        contender.settings,
-        device="cpu",
-        force=True,  # what lies there was made with other defaults
-        granularity=contender.granularity,
-    )[0]
+    path = work / "scores" / study.model / of_task / f"{slug}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # another process may need the same scores for its own task
+        return score(
+            files,
+            task_of(study, of_task),
+            contender.scorer,
+            path,
+            contender.settings,
+            device="cpu",
+            force=True,  # what lies there was made with other defaults
+            granularity=contender.granularity,
+        )[0]
 
 
 # Evaluating.
