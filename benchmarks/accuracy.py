@@ -170,12 +170,13 @@ def contenders(study: Study) -> list[Contender]:
         found.append(Contender(scorer, "knapsack", "module", settings))
     for scorer, variant in (
         ("kl", {"perturbation": "noise"}),
-        ("kl", {"on": "answers"}),
         ("loss", {"terms": "first"}),
         ("loss", {"curvature": "model"}),
     ):
         found.append(Contender(scorer, "knapsack", "layer", {**_scorer_settings(scorer, study), **variant}))
-    found.append(Contender("kl", "knapsack", "module", {**_scorer_settings("kl", study), "on": "answers"}))
+    if study.model == "dense":
+        settings = {**_scorer_settings("kl", study), "on": "answers"}
+        found += [Contender("kl", "knapsack", granularity, settings) for granularity in ("layer", "module")]
     return found
 
 
