@@ -5,9 +5,10 @@ A *study* is a model and a quantizer: `conditioned-rtn` (the conditioned lab mod
 task's own calibration inputs *of the full-precision model*, so that a matrix is fitted once per bitwidth (`taq
 quantize` fits it to what the quantized matrices before it give). In each, for every task and budget, every contender
 gets the same bytes: `random` (20 seeds), `edges`, `uniform (spread over the layers)`, `weight-error`, `taq` with both
-signs of the stability term and with relative variance, and `taqo`, `kl`, `loss`; the last four also with the exact
-knapsack over their costs, per layer and per matrix. `uniform (the lowest bits)` stands beside them with fewer bytes.
-Plans are evaluated offline with fake-quantized weights (`offline.py`) on 500 test items: the task's metric, answer NLL
+signs of the stability term and with relative variance, and `taqo`, `kl`, `loss`; the last three and `weight-error`
+also with the exact knapsack over their costs, per layer and per matrix; plans by `kl` that were made for the other
+tasks, and variants of `kl` and `loss`. `uniform (the lowest bits)` stands beside them with fewer bytes. Plans are
+evaluated offline with fake-quantized weights (`offline.py`) on 500 test items: the task's metric, answer NLL
 and KL to full precision.
 
 Statistics. All comparisons are paired over items. The mean of `random` is that of 20 seeds, a sample of all orders:
@@ -26,6 +27,7 @@ equal are evaluated once. `benchmarks/accuracy_served.py` compares the offline e
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -39,7 +41,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock
 
 from taq_vllm.methods import DEFAULT_EXAMPLES
 from taq_vllm.metrics import CONFIDENCE, RESAMPLES, paired_difference, wilson_interval
@@ -80,8 +81,8 @@ MOST_PLANS = 12
 """Of a budget, up to which all plans of random are evaluated."""
 EVALUATOR = 1
 """Version of what is evaluated. Evaluations are cached by it, the model's fingerprint, the quantizer and the test set's
-hash, not by the commit: whoever changes what `offline.py` or `taq_vllm.quantizer` compute raises it, and old
-evaluations are refused."""
+hash, not by the commit: whoever changes what `offline.py`, `taq_vllm.quantizer` or `methods/gptq.py` compute raises it,
+and old evaluations are refused."""
 
 Line = dict[str, Any]
 
@@ -139,6 +140,8 @@ class Contender:
         granularity: of its scores and its plans.
         settings: of the scorer.
         task: whose examples were scored; None for the task that is evaluated.
+        lowest: only the lowest bits are measured, and costs of others derived from them, as `taq score` does if it is
+            not told otherwise.
     """
 
     scorer: str
@@ -146,6 +149,7 @@ class Contender:
     granularity: str = "layer"
     settings: dict[str, Any] = field(default_factory=dict)
     task: str | None = None
+    lowest: bool = False
 
     @property
     def name(self) -> str:
@@ -156,6 +160,7 @@ class Contender:
             parts.append("the lowest bits" if self.allocation == "uniform" else "spread over the layers")
         parts += ["per matrix"] if self.granularity == "module" else []
         parts += [f"of {self.task}"] if self.task else []
+        parts += ["only the lowest bits measured"] if self.lowest else []
         return f"{self.scorer} ({', '.join(parts)})" if parts else self.scorer
 
 
@@ -177,11 +182,12 @@ def contenders(study: Study) -> list[Contender]:
     if study.model == "dense":
         settings = {**_scorer_settings("kl", study), "on": "answers"}
         found += [Contender("kl", "knapsack", granularity, settings) for granularity in ("layer", "module")]
+    found.append(Contender("kl", "knapsack", "module", _scorer_settings("kl", study), lowest=True))
     return found
 
 
 def foreign_contenders(study: Study, task: str) -> list[Contender]:
-    """Plans that were made for the other tasks: per matrix, and on the dense model per layer as well."""
+    """Plans that were made for the other tasks: of `kl` per matrix, on the dense model also of all three per layer."""
     compared = [("kl", "module")]
     if study.model == "dense":
         compared += [(scorer, "layer") for scorer in PROOF]
@@ -233,11 +239,14 @@ def scores_of(study: Study, files: "ModelFiles", contender: Contender, task: str
     if contender.scorer in ("random", "uniform", "edges", "weight-error"):
         return baseline(files, contender.scorer, contender.settings, contender.granularity)
     of_task = contender.task or task
+    if contender.lowest:
+        return _at_lowest_bits(scores_of(study, files, replace(contender, lowest=False), task, work))
     settings = "-".join(f"{key}-{value}" for key, value in contender.settings.items())
     slug = re.sub("[^a-z0-9_-]+", ".", f"{contender.scorer}-{contender.granularity}-{settings}")
     path = work / "scores" / study.model / of_task / f"{slug}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # another process may need the same scores for its own task
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may need the same scores for its own task
         return score(
             files,
             task_of(study, of_task),
@@ -248,6 +257,20 @@ def scores_of(study: Study, files: "ModelFiles", contender: Contender, task: str
             force=True,  # what lies there was made with other defaults
             granularity=contender.granularity,
         )[0]
+
+
+def _at_lowest_bits(scores: "Scores") -> "Scores":
+    """As if only the lowest bits had been measured: costs of one bitwidth do not depend on which others are."""
+    units = [
+        unit.model_copy(
+            update={
+                "costs": {min(unit.costs): unit.costs[min(unit.costs)]},
+                "cost_stderrs": {min(unit.costs): unit.cost_stderrs[min(unit.costs)]},
+            }
+        )
+        for unit in scores.units
+    ]
+    return scores.model_copy(update={"units": tuple(units)})
 
 
 # Evaluating.
@@ -363,7 +386,9 @@ def run_task(study: Study, task_name: str, work: Path, items: int | None = None)
 
 def _origin(identity: Mapping[str, Any]) -> str:
     """What cached evaluations were found by, in short."""
-    shown = {name: str(value)[:8] for name, value in identity.items() if value is not None}
+    shown = {
+        name: " ".join(word[:8] for word in str(value).split()) for name, value in identity.items() if value is not None
+    }
     return "cached by " + ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
@@ -543,7 +568,8 @@ def make_lines(
     Every line has `QUANTITY_to_REFERENCE`, [difference, low, high, p], for each reference that it has: `full` and
     `lowest` (uniform at the lowest bits), and among plans of its budget `random`, `all_random` (the exact expectation),
     `edges`, `weight_error`, `layer` (of a plan per matrix: the same scorer's per layer, both by knapsack), `own` (of a
-    plan made for another task: the same scorer's for this one), `other_sign` (of taq with sign +1: with -1).
+    plan made for another task: the same scorer's for this one), `other_sign` (of taq with sign +1: with -1),
+    `on_prompts` (of kl on answers), `all_bits` (of kl with only the lowest bits measured: with all of them).
 
     Args:
         study: model and quantizer.
@@ -608,6 +634,11 @@ def rivals_of(contender: Contender) -> dict[str, str]:
         rivals["layer"] = replace(contender, granularity="layer").name
     if contender.task:
         rivals["own"] = replace(contender, task=None).name
+    if contender.lowest:
+        rivals["all_bits"] = replace(contender, lowest=False).name
+    if "on" in contender.settings:
+        settings = {name: value for name, value in contender.settings.items() if name != "on"}
+        rivals["on_prompts"] = replace(contender, settings=settings).name
     if contender.settings.get("stability_sign") == 1:
         rivals["other_sign"] = replace(contender, settings=contender.settings | {"stability_sign": -1}).name
     return rivals
@@ -729,6 +760,8 @@ def comparisons(lines: Sequence[Line], budget: str) -> list[str]:
             ("plans made for other tasks against the task's own, same scorer", "own", of_budget),
             ("taq against random", "random", taq),
             ("taq's stability sign +1 against -1", "other_sign", taq),
+            ("kl on answers against on prompts", "on_prompts", of_budget),
+            ("only the lowest bits measured against all, the others derived from them", "all_bits", of_budget),
         ):
             found = [line for line in compared if f"nll_to_{reference}" in line]
             if found:
@@ -854,8 +887,11 @@ def summary(studies: Mapping[str, Sequence[Line]]) -> "Table":
             table.add_column(f"{name}, {budget}: {task}", justify="right")
             found = {line["contender"]: line for line in of_budget if line["task"] == task}
             for contender, cells in rows.items():
+                if contender not in found:
+                    cells.append("-")
+                    continue
                 line = found[contender]
-                text = f"{-100 * line['metric_to_full'][0]:.1f} / {1000 * line['kl'][0]:.1f}"
+                text = f"{-100 * line['metric_to_full'][0]:z.1f} / {1000 * line['kl'][0]:z.1f}"
                 cells.append(f"**{text}**" if marks.get((task, contender, "kl"), 0) > 0 else text)
     for contender, cells in rows.items():
         table.add_row(contender, *cells)

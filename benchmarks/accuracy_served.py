@@ -5,7 +5,7 @@ math, trivia and code calibration pool, `AWQ-OT` with the task's own calibration
 128, all linears but the head. Every quantizer that reads examples reads the first 128 of a task's 512 calibration
 examples, or the first 42 of each of the three tasks' (126). Beside them stand plans of the same bytes, uniform 4 bits
 as `taq quantize` writes it by `--method rtn`, `clip`, `gptq` and `awq` (own and mixed calibration), and, with more
-bytes and therefore compared with neither, a plan per matrix by the `kl` scorer and the exact knapsack. Lab model, plain
+bytes and therefore compared with neither, plans per matrix by the `kl` scorer and the exact knapsack. Lab model, plain
 and conditioned (whose channel scales AWQ can undo: a win there proves nothing), 500 test items per task, greedy.
 
     make peers-llmcompressor
@@ -108,7 +108,8 @@ def make_ours(study: Study, files: "ModelFiles", task: str, work: Path) -> list[
     add("uniform 4-bit, gptq, own", uniform, "gptq", own, "AWQ-OT")
     add("uniform 4-bit, awq, mixed", uniform, "awq", mixed, "AWQ")
     add("uniform 4-bit, awq, own", uniform, "awq", own, "AWQ-OT")
-    add("kl per matrix, awq, own", planned, "awq", own, None)  # has more bytes than either
+    for method in ("awq", "gptq"):  # with more bytes than either baseline
+        add(f"kl per matrix, {method}, own", planned, method, own, None)
     return made
 
 
@@ -249,17 +250,21 @@ def summary(lines: Sequence[Line]) -> "Table":
     )
     table.add_column("contender")
     table.add_column("MB", justify="right")
-    cells: dict[str, list[str]] = {}
+    found: dict[str, dict[tuple[str, str], str]] = {}
+    sizes: dict[str, set[str]] = {}
+    columns = [(line["model"], line["task"]) for line in rows if line["contender"] == FULL]
     for line in rows:
         if line["contender"] == FULL:
             table.add_column(f"{line['model']}: {line['task']}", justify="right")
             continue
-        text = f"{-100 * line['metric_to_full'][0]:.1f} / {1000 * line['nll_to_full'][0]:.2f}"
+        text = f"{-100 * line['metric_to_full'][0]:z.1f} / {1000 * line['nll_to_full'][0]:z.2f}"
         won = line["rival"] and line["nll_to_rival"][2] < 0
-        megabytes = f"{line['weight_bytes'] / 1e6:.2f}"
-        cells.setdefault(line["contender"], [megabytes]).append(f"**{text}**" if won else text)
-    for contender, values in cells.items():
-        table.add_row(contender, *values)
+        found.setdefault(line["contender"], {})[line["model"], line["task"]] = f"**{text}**" if won else text
+        sizes.setdefault(line["contender"], set()).add(f"{line['weight_bytes'] / 1e6:.2f}")
+    for contender, cells in found.items():
+        shown = sorted(sizes[contender])
+        megabytes = shown[0] if len(shown) == 1 else f"{shown[0]}-{shown[-1]}"
+        table.add_row(contender, megabytes, *(cells.get(column, "-") for column in columns))
     return table
 
 

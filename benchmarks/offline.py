@@ -99,9 +99,9 @@ class FakeQuantized:
         self._files = files
         self._symmetric = symmetric
         self._settings = gptq.Settings()
-        self._factors = {
+        self._factors = moments and {
             name: (second.diagonal().clone(), gptq.inverse_factor(second, self._settings.damping))
-            for name, second in (moments or {}).items()
+            for name, second in moments.items()
         }
         self._made: dict[tuple[str, int], Tensor] = {}
 
@@ -111,11 +111,11 @@ class FakeQuantized:
             weight = self._files.read(f"{name}.weight")
             if bits < 16:
                 symmetric = self._symmetric[bits]
-                if self._factors:
+                if self._factors is None:
+                    quantized = quantize(weight, bits, symmetric)
+                else:
                     energy, factor = self._factors[name]
                     quantized = gptq.round_with(factor, weight, bits, symmetric, energy, weight.dtype, self._settings)
-                else:
-                    quantized = quantize(weight, bits, symmetric)
                 weight = quantized.dequantize()
             self._made[name, bits] = weight.float()
         return self._made[name, bits]

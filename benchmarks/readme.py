@@ -21,8 +21,6 @@ ACCURACY_STUDIES = ("conditioned-rtn", "plain-rtn", "dense-rtn", "conditioned-gp
 """In the order of their tables; one that was not run yet has no lines and no table."""
 SUMMARIZED_STUDIES = ("conditioned-rtn", "dense-rtn", "conditioned-gptq", "dense-gptq")
 """Those where uniform plans lose most; all six have tables."""
-SHOWN_EXAMPLES = 512
-"""What `taq quantize` reads if it is not told otherwise."""
 
 Line = dict[str, Any]
 
@@ -156,6 +154,8 @@ def quantizers_table(lines: list[Line]) -> str:
 
 def _markdown(table: "Table", columns: Sequence[str] = ()) -> str:
     """A rich table as Markdown, its title as the sentence above; all columns if none are named."""
+    headers = [column.header for column in table.columns]
+    assert set(columns) <= set(headers), f"{columns} of {headers}"
     chosen = [column for column in table.columns if not columns or column.header in columns]
     rows = zip(*(column.cells for column in chosen), strict=True)
     header = [str(column.header) for column in chosen]
@@ -198,17 +198,18 @@ def results() -> str:
 def summary() -> str:
     """What a reader of README.md wants to know first."""
     from benchmarks import accuracy, accuracy_served, large, quantizers, serving
+    from taq_vllm.methods import DEFAULT_EXAMPLES
 
     parts = []
     studies = {name: lines for name in SUMMARIZED_STUDIES if (lines := read(f"accuracy-{name}.jsonl"))}
     if studies:
         parts.append("**Which scorer makes the best plan, at equal bytes?** " + _markdown(accuracy.summary(studies)))
     if lines := read("quantizers-cpu.jsonl"):
-        parts.append("**Which quantizer?** " + _markdown(quantizers.summary(lines, SHOWN_EXAMPLES)))
+        parts.append("**Which quantizer?** " + _markdown(quantizers.summary(lines, DEFAULT_EXAMPLES)))
     if lines := read("accuracy-awq.jsonl"):
         parts.append("**Against llm-compressor's AWQ**, " + _markdown(accuracy_served.summary(lines)))
     if lines := read("serving-cpu-bf16.jsonl"):
-        shown = ("contender", "tokens/s, batch 1", "tokens/s, batch 8", "prompts of 1024 per s", "memory MB", "load s")
+        shown = ("contender", "tokens/s, batch 1", "tokens/s, batch 8", "share of floor", "memory MB", "load s")
         parts.append("**Speed and memory on a CPU**, " + _markdown(serving.render(lines)[0], shown))
     if lines := read("large-cpu.jsonl"):
         shown = ("model", "GB", "quantizer", "out GB", "score, s (peak GB)", "quantize, s (peak GB)", "below 6 GB")

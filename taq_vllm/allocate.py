@@ -42,7 +42,7 @@ from taq_vllm.plan import (
     ModelRef,
     Plan,
 )
-from taq_vllm.scores import Scores, UnitScore, ranking
+from taq_vllm.scores import Scores, UnitScore, defaults_for, ranking
 from taq_vllm.units import GRANULARITIES, HEAD, Granularity, layer_of, unit_of, units_of
 
 ALLOCATIONS = ("monotone", "knapsack", "paper", "uniform")
@@ -120,10 +120,9 @@ def completed(request: Request, scores: Scores | None) -> Request:
     Raises:
         ValueError: a request that no model can answer.
     """
-    ranks_only = scores is not None and scores.cost_unit is None
     request = replace(
         request,
-        allocation=request.allocation or ("monotone" if ranks_only else "knapsack"),
+        allocation=request.allocation or (defaults_for(scores.cost_unit)[0] if scores else "knapsack"),
         granularity=request.granularity or (scores.granularity if scores else "layer"),
     )
     if request.allocation not in ALLOCATIONS:

@@ -52,6 +52,17 @@ def ranking(units: Iterable[UnitScore]) -> list[str]:
     return [entry.unit for entry in sorted(units, key=lambda entry: entry.ranked, reverse=True)]
 
 
+def defaults_for(cost_unit: str | None) -> tuple[str, Granularity]:
+    """Allocation and granularity where none is asked for.
+
+    Costs add up, so the exact knapsack can decide matrix by matrix; what only ranks orders layers.
+
+    Args:
+        cost_unit: of the scorer; None if it gives no costs.
+    """
+    return ("knapsack", "module") if cost_unit else ("monotone", "layer")
+
+
 class Scores(Record):
     """Every unit's score, and how it was made."""
 

@@ -15,7 +15,7 @@ from taq_vllm import distributed, scorers
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import ScorerRef, TaskRef
 from taq_vllm.scorers import SCORERS
-from taq_vllm.scores import MADE_BY, Scores
+from taq_vllm.scores import MADE_BY, Scores, defaults_for
 from taq_vllm.settings import settings_from
 from taq_vllm.stream import HIDDEN_LIMIT_BYTES, StreamedModel
 from taq_vllm.tasks import Task, TokenizedExample, require_labels, tokenize
@@ -74,7 +74,7 @@ def score(
         settings: overrides of the scorer's own settings.
         device: where blocks run; `auto` is a GPU if there is one.
         force: replace scores of another request that are at `output`.
-        granularity: what is scored (`units.py`); `default_granularity` if not given.
+        granularity: what is scored (`units.py`); that of `defaults` if not given.
         head: score `lm_head` as well.
         hidden_limit_bytes: of hidden states in memory; the rest lies in files.
         spill_folder: on whose disk these files are; the output's folder if not given.
@@ -166,7 +166,7 @@ def check_request(
     """Check a request for scores before anything runs; arguments and errors are those of `score`."""
     module = _module(scorer)
     chosen = settings_from(module, f"scorer {scorer}", settings or {})
-    granularity = granularity or default_granularity(scorer)
+    granularity = granularity or defaults(scorer)[1]
     if granularity not in module.GRANULARITIES:
         raise ValueError(
             f"scorer {scorer} scores {', '.join(module.GRANULARITIES)}, got granularity {granularity!r}; "
@@ -222,14 +222,13 @@ def granularities(scorer: str) -> tuple[str, ...]:
     return _module(scorer).GRANULARITIES
 
 
-def default_granularity(scorer: str) -> Granularity:
-    """Matrices where the scorer measures costs, whose sum is what a plan costs; blocks where it only ranks.
+def defaults(scorer: str) -> tuple[str, Granularity]:
+    """Allocation and granularity of a scorer's plans, where none is asked for.
 
     Raises:
         ValueError: there is no such scorer.
     """
-    module = _module(scorer)
-    return "module" if module.COST_UNIT and "module" in module.GRANULARITIES else "layer"
+    return defaults_for(_module(scorer).COST_UNIT)
 
 
 def baseline(
@@ -248,7 +247,7 @@ def baseline(
     chosen = settings_from(module, f"scorer {scorer}", settings or {})
     if module.READS != "weights":
         raise ValueError(f"scorer {scorer} reads a task's {module.READS}; use `score`")
-    granularity = granularity or default_granularity(scorer)
+    granularity = granularity or defaults(scorer)[1]
     started = time.monotonic()
     units = units_of([*files.matrices, *(files.head if head else ())], granularity)
     run = Run(files, "cpu", None, None, [], granularity, units, Path(os.devnull))

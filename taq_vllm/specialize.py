@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import Plan
 from taq_vllm.scorers import DEFAULT_SCORER
 from taq_vllm.scores import Scores
-from taq_vllm.scoring import default_granularity, granularities, score
+from taq_vllm.scoring import defaults, granularities, score
 from taq_vllm.stream import HIDDEN_LIMIT_BYTES
 from taq_vllm.tasks import Task
 from taq_vllm.units import HEAD
@@ -63,10 +63,12 @@ def specialize(
     """
     calibration.check()
     work = output.with_name(f"{output.name}.work")
+    allocation, granularity = defaults(scorer)
+    request = replace(
+        request, allocation=request.allocation or allocation, granularity=request.granularity or granularity
+    )
     check_budget(files, request)
-    granularity = request.granularity or default_granularity(scorer)
-    if granularity not in granularities(scorer):
-        granularity = "layer"
+    granularity = request.granularity if request.granularity in granularities(scorer) else "layer"
     head = request.head and not decided_head(files, request)
     if head and scorer == "taq":
         raise ValueError(

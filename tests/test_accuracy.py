@@ -478,9 +478,39 @@ def test_every_study_of_the_results_has_lines_and_its_verdict_stands_there():
     text = (accuracy.RESULTS / "README.md").read_text(encoding="utf-8")
     shown = {name for name in STUDIES if f"benchmarks.accuracy {name}`" in text or f"accuracy-{name}.jsonl" in text}
     for name in shown:
-        assert STUDIES[name].results.exists(), f"README.md shows {name}, which has no committed lines"
+        assert STUDIES[name].results.exists(), f"results/README.md shows {name}, which has no committed lines"
         for sentence in must_hold(accuracy.read_lines(name)):
             assert sentence in text
+
+
+def test_the_summary_shows_points_lost_and_kl_and_marks_what_beats_random(lines, monkeypatch):
+    monkeypatch.setitem(STUDIES, "plain-rtn", Study("plain", "rtn", budgets=("4bits", "5.0bits")))
+    monkeypatch.setattr(accuracy, "SUMMARY", ("random", "loss (knapsack)", "kl (knapsack)", "not run"))
+    table = accuracy.summary({"plain-rtn": lines})
+    shown = dict(zip(*(column.cells for column in table.columns), strict=True))
+    # 190 of 200 items are right in full precision, 180, 140 and 160 here; KL is summed over items of 2 tokens.
+    assert shown["loss (knapsack)"].startswith("**5.0 / ")
+    assert shown["kl (knapsack)"].startswith("25.0 / ")
+    assert shown["random"].startswith("15.0 / ")
+    assert shown["kl (knapsack)"].endswith(f"{1000 * _of(lines, 'kl (knapsack)')['kl'][0]:.1f}")
+    assert shown["not run"] == "-"
+
+
+def test_the_summary_of_served_plans_marks_what_beats_its_rival_and_shows_gaps():
+    head = {"benchmark": "accuracy-awq", "model": "plain", "n": 9, "weight_bytes": 1e6, "rival": None}
+    full = [head | {"contender": accuracy_served.FULL, "task": task} for task in ("math", "code")]
+    lost = {"metric_to_full": [-0.02, 0, 0, 0], "nll_to_full": [0.001, 0, 0, 0], "rival": "AWQ"}
+    won = head | lost | {"contender": "ours", "task": "math", "nll_to_rival": [-0.1, -0.2, -0.05, 0]}
+    table = accuracy_served.summary([*full, won])
+    assert [list(column.cells) for column in table.columns] == [["ours"], ["1.00"], ["**2.0 / 1.00**"], ["-"]]
+
+
+def test_the_summary_of_quantizers_is_of_one_number_of_examples():
+    line = {"model": "lab", "task": "math", "bits": 4, "items": 9, "calibration_examples": 512}
+    line |= {"closed": {"rtn": (0, 0, 0), "gptq": (0.61, 0.5, 0.7)}}
+    table = quantizers.summary([line, line | {"calibration_examples": 128, "task": "code"}], 512)
+    assert [column.header for column in table.columns] == ["method", "lab: math"]
+    assert list(table.columns[1].cells) == ["61% [50, 70]"]
 
 
 def test_a_plan_of_more_bytes_has_no_rival_among_the_baselines(monkeypatch, tmp_path):

@@ -45,6 +45,9 @@ def test_the_steps_one_by_one_end_in_a_verified_checkpoint(taq, model, task, tmp
     assert taq("score", model, "--task", task, "-o", scores)[0] == 0
     assert taq("plan", model, "--scores", scores, "--budget", "6bits", "-o", plan)[0] == 0
     assert taq("quantize", model, "--plan", plan, "--task", task, "-o", out)[0] == 0
+    made = json.loads(plan.read_text())
+    assert made["scorer"]["name"] == "kl"
+    assert (made["allocation"]["name"], made["allocation"]["granularity"]) == ("knapsack", "module")
     code, text, _ = taq("verify", out)
     assert code == 0
     assert "is whole" in text
@@ -94,6 +97,12 @@ def test_dry_runs_print_sizes_and_write_nothing(taq, model, tmp_path):
             2,
             "one",
         ),
+        (
+            ["specialize", "MODEL", "--scorer", "taq", "--task", "TASK", "--budget", "1bits", "-o", "OUT"],
+            1,
+            "'monotone' can meet",
+        ),
+        (["specialize", "MODEL", "--task", "TASK", "--budget", "1bits", "-o", "OUT"], 1, "'knapsack' can meet"),
         (
             ["specialize", "MODEL", "--scorer", "taq", "--task", "TASK", "--budget", "8bits", "-o", "OUT", "--head"],
             1,

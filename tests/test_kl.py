@@ -92,6 +92,17 @@ def test_costs_are_the_mean_divergence_over_tokens(files, task, tmp_path, granul
         assert entry.score == entry.costs[4] > entry.costs[8] > 0
 
 
+def test_answers_are_read_whole_however_long_their_prompts_are(files, task, tmp_path):
+    examples = tuple(replace(e, completion=" so it is") for e in task.calibration)
+    labelled = replace(task, calibration=examples)
+    costs = []
+    for name, most in (("cut", 2), ("whole", 512)):
+        settings = {"on": "answers", "max_tokens": most}
+        scores, _ = score(files, labelled, "kl", tmp_path / f"{name}.json", settings, "cpu", granularity="layer")
+        costs.append([entry.costs for entry in scores.units])
+    assert costs[0] == costs[1]
+
+
 def test_noise_has_the_variance_of_a_step_and_its_own_seed():
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     rounding = Rounding()

@@ -17,7 +17,7 @@ from taq_vllm.quantizer import quantize
 from taq_vllm.scorers import SCORERS
 from taq_vllm.scorers.taq import Moments, Reservoir, Settings, Statistic, matrix_entropy, z_score
 from taq_vllm.scores import Scores
-from taq_vllm.scoring import score
+from taq_vllm.scoring import defaults, score
 from taq_vllm.settings import settings_from
 from taq_vllm.stream import StreamedModel
 from taq_vllm.tasks import load_task
@@ -309,10 +309,17 @@ def test_wrong_settings_are_named(files, task, tmp_path, scorer, settings, said)
         score(files, task, scorer, tmp_path / "s.json", settings)
 
 
-def test_taq_defaults_are_the_papers():
-    defaults = Settings()
-    assert (defaults.alpha, defaults.beta, defaults.reservoir) == (0.5, 0.5, 256)
-    assert (defaults.max_examples, defaults.max_tokens, defaults.batch_size) == (256, 512, 8)
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_plans_are_by_matrix_where_costs_add_up_and_by_layer_where_units_are_ranked(scorer):
+    expected = {"taq", "edges", "random", "uniform"}
+    assert defaults(scorer) == (("monotone", "layer") if scorer in expected else ("knapsack", "module"))
+
+
+def test_taq_defaults_are_the_papers_but_for_sign_and_variance():
+    found = Settings()
+    assert (found.stability_sign, found.variance) == (1, "relative")
+    assert (found.alpha, found.beta, found.reservoir) == (0.5, 0.5, 256)
+    assert (found.max_examples, found.max_tokens, found.batch_size) == (256, 512, 8)
 
 
 def test_a_damaged_scores_file_is_named(tmp_path):

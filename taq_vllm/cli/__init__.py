@@ -59,7 +59,7 @@ def main() -> None:
             raise
         _fail(
             f"the GPU's memory is full ({str(error).splitlines()[0]}): give less of it to hidden states "
-            "(--hidden-memory), run smaller batches (--set max_tokens=1024, --set batch_size=1), or use --device cpu"
+            "(--hidden-memory), run smaller batches (--set max_tokens=256, --set batch_size=1), or use --device cpu"
         )
 
 

@@ -37,7 +37,7 @@ DEFAULT_HIDDEN_MEMORY = "2GiB"
 SpillFolder = Annotated[
     Path | None, typer.Option(help="On whose disk these files are; the output's folder if not given.")
 ]
-Setting = Annotated[list[str] | None, typer.Option("--set", help="A scorer's setting, as alpha=0.7. Repeatable.")]
+Setting = Annotated[list[str] | None, typer.Option("--set", help="A scorer's setting, as max_examples=64. Repeatable.")]
 BUDGET_HELP = "5.0bits (average, scales counted), 4.2GiB (all weights), 9ms@batch=16, or several: 5bits,9ms@batch=16."
 BudgetOption = Annotated[str, typer.Option(help=BUDGET_HELP)]
 AllocationOption = Annotated[
@@ -190,7 +190,7 @@ def settings_of(pairs: list[str] | None, option: str = "--set") -> dict[str, Any
     for pair in pairs or []:
         name, separator, value = pair.partition("=")
         if not separator:
-            raise typer.BadParameter(f"got {option} {pair!r}; write NAME=VALUE, as alpha=0.7")
+            raise typer.BadParameter(f"got {option} {pair!r}; write NAME=VALUE, as batch_size=4")
         try:
             settings[name] = json.loads(value)
         except json.JSONDecodeError:

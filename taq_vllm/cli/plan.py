@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
-from taq_vllm.allocate import allocate
+from taq_vllm.allocate import allocate, completed
 from taq_vllm.cli.options import (
     BUDGET_HELP,
     DEFAULT_MENU,
@@ -219,7 +219,7 @@ def curve(
     write_csv(points, output)
     if picture:
         task = f" on {made.task.name}" if made.task else ""
-        title = f"{files.id}: {made.scorer.name}{task}, by {granularity or made.granularity}"
+        title = f"{files.id}: {made.scorer.name}{task}, by {completed(request, made).granularity}"
         plot(points, made.cost_unit or "by rank", title, picture)
     if as_json:
         corners = sum(point.corner for point in points)

@@ -1,6 +1,8 @@
-"""TAQ-KL: how far the next-token distributions on the task's prompts move when one unit alone is perturbed. No labels.
+"""TAQ-KL: how far the next-token distributions on the task's prompts move when one unit alone is perturbed.
 
-    cost_b(unit) = mean over all prompt tokens of KL(p_full || p_perturbed), in nats
+    cost_b(unit) = mean over tokens of KL(p_full || p_perturbed), in nats
+
+Over the prompts' tokens, so that no labels are needed, or with `on=answers` over those of the completions.
 
 Later versions of arXiv 2511.06516 call this TAQ-KL. The perturbation is the unit's actual quantization (default), or
 noise that stands for it: uniform within a step of each group, of variance step^2 / 12, seeded. Long prompts count by
@@ -34,7 +36,7 @@ from taq_vllm.stream import Batch, Head, make_batches
 
 READS = "prompts"
 GRANULARITIES = units.GRANULARITIES
-COST_UNIT = "nats per prompt token"
+COST_UNIT = "nats per token"
 
 
 class Settings(BaseModel):
@@ -51,6 +53,7 @@ class Settings(BaseModel):
     """None: what plans do at each bitwidth (asymmetric below 8)."""
     max_examples: int = Field(128, ge=2)
     max_tokens: int = Field(512, ge=1)
+    """Of a prompt; with `on=answers` nothing is cut, the answer stands at the end."""
     batch_size: int = Field(16, ge=1)
     seed: int = 0
     """Of the noise."""
@@ -88,7 +91,9 @@ class Noise:
 def score_units(run: Run, settings: Settings) -> list[UnitScore]:
     """Score every unit by the divergence that it alone causes."""
     model = run.model
-    batches = make_batches(run.sequences, settings.batch_size, settings.max_tokens)
+    batches = make_batches(
+        run.sequences, settings.batch_size, None if settings.on == "answers" else settings.max_tokens
+    )
     hidden = model.embed(batches)
     with steps("kl: full model", len(batches) * model.layers) as progress:
         for layer in range(model.layers):

@@ -12,7 +12,8 @@ through the z-scores, on R. It is the limit of the bootstrap over examples at th
 What the paper leaves open is a setting here: moments per channel or pooled, the sign of the stability term (variance
 grows along the residual stream, so -Var favours early layers by construction), and variance relative to the block's
 input instead of absolute. The paper's own are `stability_sign=-1` and `variance=absolute`. The defaults are others:
-relative variance with the sign +1 made the best plans of the four on both lab models (benchmarks/results/README.md).
+plans by relative variance with the sign +1 did least damage of the four, on average over tasks and budgets of the lab
+models (benchmarks/results/README.md), though not in every case.
 
 Each block's statistics are journalled, and the hidden states behind it are saved wherever that costs little: the same
 command goes on there and ends with the same numbers. Several processes (`distributed.py`) draw one reservoir: which
