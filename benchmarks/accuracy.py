@@ -62,19 +62,22 @@ SCORED_EXAMPLES = 128
 """Read by every scorer that reads examples, so that none is better for having seen more."""
 QUANTITIES = ("metric", "nll", "kl")
 SUMMARY = (
-    "uniform (the lowest bits)",
-    "random",
     "edges",
     "weight-error (knapsack)",
     "weight-error (knapsack, per matrix)",
     "taq (stability_sign -1, variance absolute)",
     "taq (stability_sign 1, variance relative)",
     "taqo (knapsack)",
+    "taqo (knapsack, per matrix)",
     "loss (knapsack)",
+    "loss (knapsack, per matrix)",
     "kl (knapsack)",
     "kl (knapsack, per matrix)",
+    "kl (knapsack, per matrix, only the lowest bits measured)",
 )
 """Contenders of `summary`."""
+IN_POINTS = ("uniform (the lowest bits)", "random", "edges", "kl (knapsack, per matrix)")
+"""Contenders of `points`; the first has fewer bytes than the others."""
 PROOF = ("taqo", "kl", "loss")
 """At least one of these, with the exact knapsack per layer, has to beat random."""
 MOST_PLANS = 12
@@ -865,7 +868,7 @@ def _marks(of_budget: Sequence[Line]) -> dict[tuple[str, str, str], int]:
 
 
 def summary(studies: Mapping[str, Sequence[Line]]) -> "Table":
-    """Every study at its middle budget: a few contenders down, studies and tasks across.
+    """What each contender's plans do on average: contenders down, studies across.
 
     Args:
         studies: lines by the study's name.
@@ -873,26 +876,52 @@ def summary(studies: Mapping[str, Sequence[Line]]) -> "Table":
     from rich.table import Table
 
     table = Table(
-        title="points of the task's metric lost to full precision / KL to full precision in millinats per answer "
-        "token, at the middle budget of each study; bold: KL below the mean of 20 random orders after Holm's "
-        "correction for all contenders of the study"
+        title="KL to full precision divided by that of 20 random orders at the same bytes, geometric mean over tasks "
+        "and budgets; in brackets, in how many of these cases the KL is below the mean of random and in how many above "
+        "it, after Holm's correction for all contenders of a case"
     )
     table.add_column("plan")
     rows: dict[str, list[str]] = {contender: [] for contender in SUMMARY}
     for name, lines in studies.items():
+        table.add_column(name, justify="right")
+        ratios: dict[str, list[float]] = {contender: [] for contender in SUMMARY}
+        verdict: dict[str, list[int]] = {contender: [] for contender in SUMMARY}
+        for budget in STUDIES[name].budgets:
+            of_budget = [line for line in lines if line["budget"] == budget]
+            marks = _marks(of_budget)
+            random = {line["task"]: line["kl"][0] for line in of_budget if line["contender"] == "random"}
+            for line in of_budget:
+                if line["contender"] in rows:
+                    ratios[line["contender"]].append(line["kl"][0] / random[line["task"]])
+                    verdict[line["contender"]].append(marks[line["task"], line["contender"], "kl"])
+        for contender, cells in rows.items():
+            found = verdict[contender]
+            mean = math.exp(sum(map(math.log, ratios[contender])) / len(found)) if found else 0.0
+            cells.append(f"{mean:.2f} ({found.count(1)} below, {found.count(-1)} above)" if found else "-")
+    for contender, cells in rows.items():
+        table.add_row(contender, *cells)
+    return table
+
+
+def points(studies: Mapping[str, Sequence[Line]]) -> "Table":
+    """What they mean for a task's metric: a few contenders at the middle budget, studies and tasks across.
+
+    Args:
+        studies: as `summary`.
+    """
+    from rich.table import Table
+
+    table = Table(title="The same in points of the task's metric lost to full precision, at the middle budget")
+    table.add_column("plan")
+    rows: dict[str, list[str]] = {contender: [] for contender in IN_POINTS}
+    for name, lines in studies.items():
         budget = STUDIES[name].budgets[1]
-        of_budget = [line for line in lines if line["budget"] == budget]
-        marks = _marks(of_budget)
-        for task in _unique(line["task"] for line in of_budget):
+        for task in _unique(line["task"] for line in lines):
             table.add_column(f"{name}, {budget}: {task}", justify="right")
-            found = {line["contender"]: line for line in of_budget if line["task"] == task}
+            found = {line["contender"]: line for line in lines if (line["task"], line["budget"]) == (task, budget)}
             for contender, cells in rows.items():
-                if contender not in found:
-                    cells.append("-")
-                    continue
-                line = found[contender]
-                text = f"{-100 * line['metric_to_full'][0]:z.1f} / {1000 * line['kl'][0]:z.1f}"
-                cells.append(f"**{text}**" if marks.get((task, contender, "kl"), 0) > 0 else text)
+                lost = -100 * found[contender]["metric_to_full"][0] if contender in found else None
+                cells.append("-" if lost is None else f"{lost:z.1f}")
     for contender, cells in rows.items():
         table.add_row(contender, *cells)
     return table

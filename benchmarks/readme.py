@@ -19,8 +19,8 @@ BEGIN, END = "<!-- results: written by benchmarks/readme.py -->", "<!-- end of r
 
 ACCURACY_STUDIES = ("conditioned-rtn", "plain-rtn", "dense-rtn", "conditioned-gptq", "plain-gptq", "dense-gptq")
 """In the order of their tables; one that was not run yet has no lines and no table."""
-SUMMARIZED_STUDIES = ("conditioned-rtn", "dense-rtn", "conditioned-gptq", "dense-gptq")
-"""Those where uniform plans lose most; all six have tables."""
+STUDIES_IN_POINTS = ("conditioned-rtn", "dense-rtn", "dense-gptq")
+"""Those where uniform plans lose points."""
 
 Line = dict[str, Any]
 
@@ -201,9 +201,11 @@ def summary() -> str:
     from taq_vllm.methods import DEFAULT_EXAMPLES
 
     parts = []
-    studies = {name: lines for name in SUMMARIZED_STUDIES if (lines := read(f"accuracy-{name}.jsonl"))}
+    studies = {name: lines for name in ACCURACY_STUDIES if (lines := read(f"accuracy-{name}.jsonl"))}
     if studies:
         parts.append("**Which scorer makes the best plan, at equal bytes?** " + _markdown(accuracy.summary(studies)))
+        in_points = {name: lines for name, lines in studies.items() if name in STUDIES_IN_POINTS}
+        parts.append(_markdown(accuracy.points(in_points)))
     if lines := read("quantizers-cpu.jsonl"):
         parts.append("**Which quantizer?** " + _markdown(quantizers.summary(lines, DEFAULT_EXAMPLES)))
     if lines := read("accuracy-awq.jsonl"):

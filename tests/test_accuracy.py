@@ -483,17 +483,18 @@ def test_every_study_of_the_results_has_lines_and_its_verdict_stands_there():
             assert sentence in text
 
 
-def test_the_summary_shows_points_lost_and_kl_and_marks_what_beats_random(lines, monkeypatch):
+def test_the_summary_divides_by_random_and_counts_who_beats_it(lines, monkeypatch):
     monkeypatch.setitem(STUDIES, "plain-rtn", Study("plain", "rtn", budgets=("4bits", "5.0bits")))
-    monkeypatch.setattr(accuracy, "SUMMARY", ("random", "loss (knapsack)", "kl (knapsack)", "not run"))
-    table = accuracy.summary({"plain-rtn": lines})
-    shown = dict(zip(*(column.cells for column in table.columns), strict=True))
-    # 190 of 200 items are right in full precision, 180, 140 and 160 here; KL is summed over items of 2 tokens.
-    assert shown["loss (knapsack)"].startswith("**5.0 / ")
-    assert shown["kl (knapsack)"].startswith("25.0 / ")
-    assert shown["random"].startswith("15.0 / ")
-    assert shown["kl (knapsack)"].endswith(f"{1000 * _of(lines, 'kl (knapsack)')['kl'][0]:.1f}")
+    monkeypatch.setattr(accuracy, "SUMMARY", ("loss (knapsack)", "kl (knapsack)", "not run"))
+    monkeypatch.setattr(accuracy, "IN_POINTS", ("random", "loss (knapsack)", "not run"))
+    shown = dict(zip(*(column.cells for column in accuracy.summary({"plain-rtn": lines}).columns), strict=True))
+    ratio = _of(lines, "loss (knapsack)")["kl"][0] / _of(lines, "random")["kl"][0]
+    assert shown["loss (knapsack)"] == f"{ratio:.2f} (1 below, 0 above)"
+    assert shown["kl (knapsack)"].endswith("(0 below, 1 above)")
     assert shown["not run"] == "-"
+    # 190 of 200 items are right in full precision, 160 with random, 180 with loss.
+    lost = dict(zip(*(column.cells for column in accuracy.points({"plain-rtn": lines}).columns), strict=True))
+    assert lost == {"random": "15.0", "loss (knapsack)": "5.0", "not run": "-"}
 
 
 def test_the_summary_of_served_plans_marks_what_beats_its_rival_and_shows_gaps():
