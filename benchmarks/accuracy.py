@@ -74,8 +74,9 @@ SUMMARY = (
     "kl (knapsack)",
     "kl (knapsack, per matrix)",
     "kl (knapsack, per matrix, only the lowest bits measured)",
+    "kl (knapsack, per matrix, of another task)",
 )
-"""Contenders of `summary`."""
+"""Contenders of `summary`; the last stands for the plans made for either of the other two tasks."""
 IN_POINTS = ("uniform (the lowest bits)", "random", "edges", "kl (knapsack, per matrix)")
 """Contenders of `points`; the first has fewer bytes than the others."""
 PROOF = ("taqo", "kl", "loss")
@@ -891,9 +892,10 @@ def summary(studies: Mapping[str, Sequence[Line]]) -> "Table":
             marks = _marks(of_budget)
             random = {line["task"]: line["kl"][0] for line in of_budget if line["contender"] == "random"}
             for line in of_budget:
-                if line["contender"] in rows:
-                    ratios[line["contender"]].append(line["kl"][0] / random[line["task"]])
-                    verdict[line["contender"]].append(marks[line["task"], line["contender"], "kl"])
+                row = re.sub(f"of ({'|'.join(TASKS)})", "of another task", line["contender"])
+                if row in rows:
+                    ratios[row].append(line["kl"][0] / random[line["task"]])
+                    verdict[row].append(marks[line["task"], line["contender"], "kl"])
         for contender, cells in rows.items():
             found = verdict[contender]
             mean = math.exp(sum(map(math.log, ratios[contender])) / len(found)) if found else 0.0
