@@ -265,15 +265,11 @@ def scores_of(study: Study, files: "ModelFiles", contender: Contender, task: str
 
 def _at_lowest_bits(scores: "Scores") -> "Scores":
     """As if only the lowest bits had been measured: costs of one bitwidth do not depend on which others are."""
-    units = [
-        unit.model_copy(
-            update={
-                "costs": {min(unit.costs): unit.costs[min(unit.costs)]},
-                "cost_stderrs": {min(unit.costs): unit.cost_stderrs[min(unit.costs)]},
-            }
-        )
-        for unit in scores.units
-    ]
+    units = []
+    for unit in scores.units:
+        bits = min(unit.costs)
+        lowest = {"costs": {bits: unit.costs[bits]}, "cost_stderrs": {bits: unit.cost_stderrs[bits]}}
+        units.append(unit.model_copy(update=lowest))
     return scores.model_copy(update={"units": tuple(units)})
 
 
