@@ -43,7 +43,7 @@ from taq_vllm.plan import (
     Plan,
 )
 from taq_vllm.scores import Scores, UnitScore, defaults_for, ranking
-from taq_vllm.units import GRANULARITIES, HEAD, Granularity, layer_of, unit_of, units_of
+from taq_vllm.units import GRANULARITIES, HEAD, Granularity, experts_of, layer_of, unit_of, units_of
 
 ALLOCATIONS = ("monotone", "knapsack", "paper", "uniform")
 
@@ -433,11 +433,13 @@ def _fixed(shapes: Shapes, request: Request) -> dict[str, tuple[int, str]]:
     if not 0 <= 2 * request.edges <= layers:
         raise ValueError(f"got {request.edges} edge layers at each end of a model of {layers} layers")
     pinned = _pinned(shapes, request)
+    # The experts of a block have one bitwidth: where one of them stays at 16 bits, all do.
+    odd_experts = {experts_of(name) for name, (_, columns) in shapes.matrices.items() if columns % GROUP_SIZE}
     fixed: dict[str, tuple[int, str]] = {}
     for name, (_, columns) in shapes.matrices.items():
         if name in pinned:
             fixed[name] = pinned[name], "pinned"
-        elif columns % GROUP_SIZE:
+        elif columns % GROUP_SIZE or (experts_of(name) and experts_of(name) in odd_experts):
             fixed[name] = 16, "shape"
         elif name != HEAD and min(layer_of(name), layers - 1 - layer_of(name)) < request.edges:
             fixed[name] = request.edge_bits, "edge"
@@ -464,14 +466,16 @@ def _pinned(shapes: Shapes, request: Request) -> dict[str, int]:
                 f"which {GROUP_SIZE} does not divide; leave it at 16"
             )
         pinned.update(dict.fromkeys(names, bits))
-    if not request.uniform_fused:
-        return pinned
     for names in units_of(shapes.matrices, "fused").values():
+        if not (request.uniform_fused or experts_of(names[0])):
+            continue
         asked = {name: pinned[name] for name in names if name in pinned}
         if len(set(asked.values())) > 1:
+            some = {bits: (name, bits) for name, bits in asked.items()}.values()
+            way_out = "" if experts_of(names[0]) else ", or leave out --uniform-fused"
             raise ValueError(
-                f"pins give {', '.join(f'{name} {bits} bits' for name, bits in asked.items())}, which are one layer to "
-                "a server: pin them alike, or leave out --uniform-fused"
+                f"pins give {', '.join(f'{name} {bits} bits' for name, bits in some)}, which are one layer to a "
+                f"server: pin them alike{way_out}"
             )
         if asked:
             pinned.update(dict.fromkeys(names, next(iter(asked.values()))))

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,15 +31,16 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from taq_vllm import __version__, journal
+from taq_vllm import __version__, journal, units
 from taq_vllm.distributed import first, share, total, world
+from taq_vllm.experts import experts_in
 from taq_vllm.fitting import Block, method_named, settings_of
 from taq_vllm.general_text import GeneralText
 from taq_vllm.hidden_states import HiddenStates
 from taq_vllm.methods import DEFAULT_EXAMPLES, DEFAULT_METHOD
 from taq_vllm.model_files import ModelFiles, read_header, write_tensors
 from taq_vllm.plan import BITS_MENU, GROUP_SIZE, PLAN_FILE, MatrixPlan, Plan, TaskRef, write_atomically
-from taq_vllm.progress import track
+from taq_vllm.progress import steps, track
 from taq_vllm.quantizer import Quantized
 from taq_vllm.scoring import calibration_sequences
 from taq_vllm.stream import HIDDEN_LIMIT_BYTES, Batch, StreamedModel, make_batches, matrices_of
@@ -291,10 +293,17 @@ def expected_tensors(name: str, entry: MatrixPlan, scale_dtype: str) -> dict[str
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
     """The `quantization_config` of config.json: compressed-tensors' own, plus a summary of the plan under `taq`."""
+
+    def targets_of(bits: int, symmetric: bool | None = None) -> list[str]:
+        """Matrices by name; experts, of which there are thousands, by one expression per block."""
+        found = [n for n, m in plan.matrices.items() if m.bits == bits and symmetric in (None, m.symmetric)]
+        experts = {name: units.experts_of(name) for name in found}
+        return list(dict.fromkeys(f"re:{re.escape(e)}\\..*" if (e := experts[name]) else name for name in found))
+
     groups: dict[str, QuantizationScheme] = {}
     for bits in BITS_MENU[:-1]:
         for symmetric in (True, False):
-            targets = [n for n, m in plan.matrices.items() if m.bits == bits and m.symmetric == symmetric]
+            targets = targets_of(bits, symmetric)
             if targets:
                 weights = QuantizationArgs(
                     num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=GROUP_SIZE
@@ -306,7 +315,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
         config_groups=groups,
         format="pack-quantized",
         quantization_status="compressed",
-        ignore=[n for n, m in plan.matrices.items() if m.bits == 16] + ([] if HEAD in plan.matrices else [HEAD]),
+        ignore=targets_of(16) + ([] if HEAD in plan.matrices else [HEAD]),
     )
     counts = {str(bits): count for bits, count in plan.counts().items()}
     return config.model_dump(mode="json", exclude_none=True) | {
@@ -670,39 +679,53 @@ def fit_blocks(
     reads_outputs = method_named(calibration.method).READS_OUTPUTS
     if chains is None:
         chains = [model.embed(batches) for _ in range(calibration.chains)]
-    for layer in track(range(model.layers), f"quantize: {calibration.method}", model.layers):
-        stored = load(layer)
-        if stored is not None and (not chains or layer < ahead):
-            continue
-        assert layer >= ahead, "hidden states of a block that is not written"
-        prefix = f"model.layers.{layer}."
-        with model.block(layer) as module:
-            entries = {name: plan.matrices[prefix + name] for name in matrices_of(module)}
-            run = bind(model.run, layer, module)
-            block = Block(module, entries, bind(model.run_with_gradient, layer), model.dtype, batches)
-            after = None
-            if chains:
-                _check_weights(prefix, block)
-                if calibration.inputs == "full":
-                    after = chains[0].map(run)
-                elif len(chains) > 1:
-                    chains[1].replace(run)
-                    after = chains[1]
-                target = after if reads_outputs else None
-                block = Block(module, entries, block.apply, model.dtype, batches, chains[0], target)
-            if stored is None:
-                tensors = _fitted_tensors(prefix, block, fit)
-                save(layer, tensors)
-                # Of several processes all go on with what the first has saved.
-                stored = tensors if world()[0] == 0 else load(layer)
-            if chains:
-                if calibration.inputs == "full":
-                    chains[0] = after
-                else:
-                    _put_back(prefix, module, stored, entries)
-                    chains[0].replace(run)
-                save_states(chains, layer + 1)
+    with steps(f"quantize: {calibration.method}", model.layers) as progress:
+        for layer in range(model.layers):
+            stored = load(layer)
+            if stored is not None and (not chains or layer < ahead):
+                progress.advance()
+                continue
+            assert layer >= ahead, "hidden states of a block that is not written"
+            prefix = f"model.layers.{layer}."
+            with model.block(layer) as module:
+                entries = {name: plan.matrices[prefix + name] for name in matrices_of(module)}
+                run = bind(model.run, layer, module)
+                block = Block(module, entries, bind(model.run_with_gradient, layer), model.dtype, batches)
+                after = None
+                if chains:
+                    _check_weights(prefix, block)
+                    if calibration.inputs == "full":
+                        after = chains[0].map(run)
+                    elif len(chains) > 1:
+                        chains[1].replace(run)
+                        after = chains[1]
+                    target = after if reads_outputs else None
+                    block = Block(module, entries, block.apply, model.dtype, batches, chains[0], target)
+                if stored is None:
+                    tensors = _fitted_tensors(prefix, block, fit)
+                    save(layer, tensors)
+                    # Of several processes all go on with what the first has saved.
+                    stored = tensors if world()[0] == 0 else load(layer)
+                    if block.unseen:
+                        progress.say(_not_fitted(prefix, block))
+                if chains:
+                    if calibration.inputs == "full":
+                        chains[0] = after
+                    else:
+                        _put_back(prefix, module, stored, entries)
+                        chains[0].replace(run)
+                    save_states(chains, layer + 1)
+            progress.advance()
     return chains
+
+
+def _not_fitted(prefix: str, block: Block) -> str:
+    experts = experts_in(block.module)
+    names = sorted({name.rpartition(".")[0] for name in block.unseen})
+    return (
+        f"{prefix}mlp.experts: no calibration token is sent to {len(names)} of {len(experts)} experts, which are "
+        "rounded to nearest; more --examples, or --mix-general, would reach them"
+    )
 
 
 def _fit_of(calibration: Calibration) -> Callable[[Block], dict[str, Quantized]]:

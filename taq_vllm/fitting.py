@@ -7,8 +7,8 @@ any architecture are needed here. Sums over tokens are exchanged between process
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from taq_vllm import methods
 from taq_vllm.distributed import total
+from taq_vllm.experts import experts_in
 from taq_vllm.hidden_states import HiddenStates
 from taq_vllm.methods import METHODS
 from taq_vllm.plan import MatrixPlan
@@ -41,6 +42,7 @@ class Block:
         batches: the calibration set; empty for methods that read none.
         hidden: hidden states entering the block.
         target: outputs of the full-precision block on the full-precision model's hidden states.
+        unseen: matrices whose inputs were asked for, and that had none here: experts to which no token was sent.
     """
 
     module: nn.Module
@@ -50,6 +52,7 @@ class Block:
     batches: Sequence[Batch] = ()
     hidden: HiddenStates | None = None
     target: HiddenStates | None = None
+    unseen: set[str] = field(default_factory=set)
 
     @property
     def matrices(self) -> dict[str, nn.Linear]:
@@ -58,7 +61,10 @@ class Block:
         return {name: found[name] for name, entry in self.entries.items() if entry.bits < 16}
 
     def groups(self) -> list[tuple[str, ...]]:
-        """The matrices below 16 bits in the order in which they run; those that read one tensor together."""
+        """The matrices below 16 bits in the order in which they run; those that read one tensor together.
+
+        Found on one token, which all experts see.
+        """
         found: list[tuple[Tensor, list[str]]] = []
 
         def observe(name: str, states: Tensor) -> None:
@@ -68,8 +74,9 @@ class Block:
                     return
             found.append((states, [name]))
 
-        with self._observed(list(self.matrices), observe):
-            self._run_until_seen(self.hidden[0])
+        experts = experts_in(self.module)
+        with self._observed(list(self.matrices), observe), experts.all_running() if experts else nullcontext():
+            self._run_until_seen(self.hidden[0][:1, :1])
         return [tuple(names) for _, names in found]
 
     def observe(self, names: Sequence[str], function: Callable[[str, Tensor], None]) -> None:
@@ -77,26 +84,35 @@ class Block:
 
         Args:
             names: of matrices; the block runs no further than the last of them.
-            function: called with a name and the real tokens' inputs, [tokens, K] in the walk's dtype.
+            function: called with a name and the real tokens' inputs, [tokens, K] in the walk's dtype; for every name at
+                least once, for an expert that no token is sent to with no tokens, and noted in `unseen`.
 
         Raises:
             ValueError: an input that is not finite.
         """
         is_token: Tensor | None = None
+        experts, unseen = experts_in(self.module), set(names)
 
         def on_tokens(name: str, states: Tensor) -> None:
-            inputs = states[is_token]
+            inputs = states[is_token.flatten()[experts.tokens] if states.dim() == 2 else is_token]
             if not torch.isfinite(inputs).all():
                 raise ValueError(
                     f"{name}: got activations that are not finite; check the model's weights with `taq verify`, or "
                     "run it in bfloat16"
                 )
+            unseen.discard(name)
             function(name, inputs)
 
         with self._observed(names, on_tokens):
             for batch, states in zip(self.batches, self.hidden, strict=True):
                 is_token = batch.is_token.to(states.device)
                 self._run_until_seen(states)
+        found = matrices_of(self.module)
+        for name in names:
+            if name in unseen:
+                weight = found[name].weight
+                function(name, weight.new_empty(0, weight.shape[1]))
+        self.unseen.update(unseen)
 
     def tokens(self) -> int:
         """Real tokens of the whole calibration set, over all processes."""
@@ -151,7 +167,7 @@ class Block:
             self.apply(self.module, states)
         except _Seen:
             return
-        raise AssertionError("a matrix of the block was not run")
+        assert experts_in(self.module), "a matrix of the block was not run"
 
 
 def method_named(name: str) -> ModuleType:

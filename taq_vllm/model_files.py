@@ -24,12 +24,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ARCHITECTURES = (
+    "Gemma3ForCausalLM",
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "Phi3ForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
 )
+_ROUTER = ".mlp.gate.weight"  # of a mixture of experts: small, and a wrong expert is worse than a rounded one
 
 _FINGERPRINT_SAMPLE = 256  # bytes of each tensor: tells a fine-tuned model from its base, which headers cannot
 _BYTES_PER_PARAMETER = 2
@@ -111,7 +114,8 @@ class ModelFiles:
         """Refuse what this project cannot plan, by name.
 
         Raises:
-            ValueError: an architecture outside `ARCHITECTURES`, or a checkpoint that is already quantized.
+            ValueError: an architecture outside `ARCHITECTURES`, capped logits, or a checkpoint that is already
+                quantized.
         """
         architectures = self.config.get("architectures") or ["(none named)"]
         if architectures[0] not in ARCHITECTURES:
@@ -119,6 +123,8 @@ class ModelFiles:
                 f"{self.id} is a {architectures[0]}; supported are {', '.join(ARCHITECTURES)}. "
                 "Other architectures can be served by vLLM without a plan."
             )
+        if (cap := self.config.get("final_logit_softcapping")) is not None:
+            raise ValueError(f"{self.id} has final_logit_softcapping {cap}, which is not supported")
         if "quantization_config" in self.config:
             method = self.config["quantization_config"].get("quant_method", "an unnamed method")
             raise ValueError(
@@ -129,11 +135,14 @@ class ModelFiles:
 
     @cached_property
     def matrices(self) -> dict[str, Shape]:
-        """(N, K) of every weight matrix inside a transformer block, in layer order, by name."""
+        """(N, K) of every weight matrix inside a transformer block but routers, in layer order, by name."""
         names = [
             name.removesuffix(".weight")
             for name, info in self.tensors.items()
-            if name.startswith("model.layers.") and name.endswith(".weight") and len(info.shape) == 2
+            if name.startswith("model.layers.")
+            and name.endswith(".weight")
+            and not name.endswith(_ROUTER)
+            and len(info.shape) == 2
         ]
         order = {name: place for place, name in enumerate(names)}
         names.sort(key=lambda name: (layer_of(name), order[name]))

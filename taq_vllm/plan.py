@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from taq_vllm.units import Granularity
+from taq_vllm.units import Granularity, experts_of
 
 BITS_MENU = (4, 8, 16)
 """What is written and served."""
@@ -306,16 +306,26 @@ class Plan(Record):
         return {bits: sum(m.bits == bits for m in self.matrices.values()) for bits in self.menu}
 
     def check_served(self, where: str) -> None:
-        """Refuse a plan of a study, whose bitwidths no checkpoint and no kernel has.
+        """Refuse a plan of a study, whose bitwidths no checkpoint and no kernel has, and experts of several bitwidths.
 
         Raises:
-            ValueError: a matrix has bits outside `BITS_MENU`.
+            ValueError: a matrix has bits outside `BITS_MENU`, or the experts of a block have not all the same.
         """
+        of_experts: dict[str, tuple[int, bool]] = {}
         for name, matrix in self.matrices.items():
             if matrix.bits not in BITS_MENU:
                 raise ValueError(
                     f"{where}: {name} has {matrix.bits} bits, which can be studied but not written or served; served "
                     f"are {', '.join(map(str, BITS_MENU))}: make the plan with `taq plan --menu 4,8,16`"
+                )
+            experts = experts_of(name)
+            if experts and of_experts.setdefault(experts, (matrix.bits, matrix.symmetric)) != (
+                matrix.bits,
+                matrix.symmetric,
+            ):
+                raise ValueError(
+                    f"{where}: {name} has {matrix.bits} bits, other matrices of {experts} have "
+                    f"{of_experts[experts][0]}; all experts of a block have one format, in which one kernel runs them"
                 )
 
     def check_fits(

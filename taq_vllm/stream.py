@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from taq_vllm.distributed import device_of
+from taq_vllm.experts import separate_experts
 from taq_vllm.hidden_states import HiddenStates, Storage
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.tasks import TokenizedExample
@@ -125,10 +126,14 @@ class StreamedModel:
             skeleton = AutoModelForCausalLM.from_config(
                 self.config, dtype=self.compute_dtype, attn_implementation="sdpa"
             )
+        separate_experts(skeleton.model)
         self._decoder = skeleton.model.eval().requires_grad_(False)
         # Its buffers are computed, not stored: build it again off the meta device.
         self._rotary = type(self._decoder.rotary_emb)(config=self.config).to(self.device)
-        self._positions: dict[tuple[int, int, bool], dict[str, Any]] = {}
+        # Gemma's embedding multiplies what it looks up, by a number in the model's dtype.
+        scale = getattr(self._decoder.embed_tokens, "scalar_embed_scale", 1.0)
+        self._embedding_scale = float(torch.tensor(scale, dtype=self.dtype))
+        self._positions: dict[tuple[int, int, str], dict[str, Any]] = {}
 
     @property
     def layers(self) -> int:
@@ -150,7 +155,7 @@ class StreamedModel:
         tokens, places = input_ids.unique(return_inverse=True)
         # The dtype of the checkpoint comes first: stored float32 weights are rounded as everywhere else.
         rows = self.files.read_rows(_EMBEDDING, tokens.tolist()).to(self.dtype)
-        states = rows.to(device=self.device, dtype=self.compute_dtype)[places.to(self.device)]
+        states = rows.to(device=self.device, dtype=self.compute_dtype)[places.to(self.device)] * self._embedding_scale
         return _finite(states, "model.embed_tokens", self)
 
     def resume(self, file: Path) -> tuple[HiddenStates, int] | None:
@@ -182,20 +187,22 @@ class StreamedModel:
 
     def run_with_gradient(self, layer: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """`run`, recorded for a backward pass where `hidden` or the block's weights ask for a gradient."""
-        sliding = getattr(self.config, "sliding_window", None) is not None
-        if layer_types := getattr(self.config, "layer_types", None):
-            sliding = layer_types[layer] == "sliding_attention"
+        layer_types = getattr(self.config, "layer_types", None)
+        windowed = getattr(self.config, "sliding_window", None) is not None
+        layer_type = layer_types[layer] if layer_types else "sliding_attention" if windowed else "full_attention"
         # Masks and rotary embeddings depend on the batch's shape alone: all blocks of a kind share them.
-        kind = (*hidden.shape[:2], sliding)
+        kind = (*hidden.shape[:2], layer_type)
         if kind not in self._positions:
-            self._positions[kind] = self._position_arguments(hidden, sliding)
+            self._positions[kind] = self._position_arguments(hidden, layer_type)
         return _finite(block(hidden, **self._positions[kind]), f"model.layers.{layer}", self)
 
-    def _position_arguments(self, hidden: Tensor, sliding: bool) -> dict[str, Any]:
+    def _position_arguments(self, hidden: Tensor, layer_type: str) -> dict[str, Any]:
+        from transformers import Gemma3TextConfig
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        make_mask = create_sliding_window_causal_mask if sliding else create_causal_mask
+        is_sliding = layer_type == "sliding_attention"
+        make_mask = create_sliding_window_causal_mask if is_sliding else create_causal_mask
         mask = make_mask(
             config=self.config,
             inputs_embeds=hidden,
@@ -203,10 +210,12 @@ class StreamedModel:
             past_key_values=None,
             position_ids=positions,
         )
+        # Gemma's frequencies differ between kinds of layers.
+        kind = (layer_type,) if isinstance(self.config, Gemma3TextConfig) else ()
         return {
             "attention_mask": mask,
             "position_ids": positions,
-            "position_embeddings": self._rotary(hidden, positions),
+            "position_embeddings": self._rotary(hidden, positions, *kind),
         }
 
     @contextmanager

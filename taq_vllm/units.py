@@ -8,7 +8,8 @@ A *unit* is a set of matrices that get the same bits. Its name is Hugging Face's
   different bits (`--uniform-fused` refuses those);
 - `module`: each matrix for itself, `model.layers.3.self_attn.q_proj`.
 
-The head, `lm_head`, is a unit of its own at every granularity. Pure Python.
+All experts of a block are one unit, `model.layers.3.mlp.experts`, below `layer`: a server runs them in one kernel of one
+bitwidth. The head, `lm_head`, is a unit of its own at every granularity. Pure Python.
 """
 
 import re
@@ -22,6 +23,7 @@ GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 HEAD = "lm_head"
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)(\.|$)")
+_EXPERT = re.compile(r"^(model\.layers\.\d+\.mlp\.experts)\.\d+\.")
 _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
@@ -35,12 +37,22 @@ def layer_of(name: str) -> int:
     return int(match.group(1))
 
 
+def experts_of(matrix: str) -> str | None:
+    """The experts that a matrix is one of, `model.layers.3.mlp.experts`; None for any other matrix."""
+    match = _EXPERT.match(matrix)
+    return match.group(1) if match else None
+
+
 def unit_of(matrix: str, granularity: Granularity) -> str:
     """The unit that decides a matrix's bits."""
-    if matrix == HEAD or granularity == "module":
+    if matrix == HEAD:
         return matrix
     if granularity == "layer":
         return f"model.layers.{layer_of(matrix)}"
+    if experts := experts_of(matrix):
+        return experts
+    if granularity == "module":
+        return matrix
     prefix, _, last = matrix.rpartition(".")
     return f"{prefix}.{_FUSED.get(last, last)}"
 

@@ -22,11 +22,19 @@ _COMMON = {
     "tie_word_embeddings": False,
 }
 ARCHITECTURES = {
+    "gemma3_text": {
+        "tie_word_embeddings": True,
+        "head_dim": 64,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 64,
+    },
     "llama": {},
     "mistral": {"sliding_window": 24},
     "phi3": {"original_max_position_embeddings": 256},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 64},
+    "qwen3_moe": {"head_dim": 64, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
 }
 
 

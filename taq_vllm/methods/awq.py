@@ -7,7 +7,8 @@ task's tokens; leaving the weights alone (s = 1) is among the candidates. Then r
 
 s is rounded to powers of two, so what is moved is moved exactly: the model at 16 bits stays the same function to the
 bit. Where float16 is too narrow for that, in a tensor that stays at 16 bits, nothing is moved. Query heads that share
-a key-value head share the scales of v -> o. The head gets no scales, only `clip`.
+a key-value head share the scales of v -> o. The head and a mixture's experts get no scales, only `clip`, nor do those
+that read one of Gemma's norms.
 """
 
 from collections.abc import Callable
@@ -85,7 +86,9 @@ def pairs_of(module: nn.Module) -> list[Pair]:
     """The pairs of a transformer block; none of anything else."""
     matrices = matrices_of(module)
     pairs = []
-    for norm, names in (
+    # Gemma's norms multiply by 1 + weight, which does not stay exact when it is divided.
+    is_gemma = hasattr(module, "pre_feedforward_layernorm")
+    for norm, names in () if is_gemma else (
         ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj")),
         ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj")),
     ):

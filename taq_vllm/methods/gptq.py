@@ -6,8 +6,12 @@ scale is found when its first feature is reached, from the weights as they are b
 
 Matrices are fitted in the order in which they run, from the inputs that the block gives with the earlier ones already
 rounded (`sequential`). Memory beside the block: two float32 [K, K] matrices while H is factored (measured at K = 4096:
-2.3; K = 14336: 1.9 GB), then one of them and three float32 copies of one weight matrix.
+2.3; K = 14336: 1.9 GB), then one of them and three float32 copies of one weight matrix; of experts one [K, K] each, as
+many of them at a time as 1 GiB holds.
 """
+
+import re
+from collections.abc import Sequence
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +27,7 @@ READS_INPUTS = True
 READS_OUTPUTS = False
 
 _ROWS = 256  # of [K, K] that are moved at a time
+_MOMENTS_BYTES = 1 << 30  # of experts that are looked at together
 
 
 class Settings(BaseModel):
@@ -43,14 +48,29 @@ class Settings(BaseModel):
 def fit_block(block: Block, settings: Settings) -> dict[str, Quantized]:
     """The codes of every matrix below 16 bits."""
     fitted: dict[str, Quantized] = {}
-    for names in block.groups():
-        fitted |= _fit_readers(block, names, settings)
+    for groups in _looked_at_together(block):
+        moments = sum_outer_products(block, [names[0] for names in groups])
+        for names in groups:
+            fitted |= _fit_readers(block, names, moments.pop(names[0]), settings)
     return fitted
 
 
-def _fit_readers(block: Block, names: tuple[str, ...], settings: Settings) -> dict[str, Quantized]:
-    """The matrices that read one tensor; what they share is given back before the next tensor is looked at."""
-    factor = sum_outer_products(block, names[0])
+def _looked_at_together(block: Block) -> list[list[tuple[str, ...]]]:
+    """Groups of matrices that read one tensor, in the order in which they run; with each other those whose inputs one
+    run of the block can tell: experts do not read what other experts make. As many as memory allows."""
+    together: dict[str, list[tuple[str, ...]]] = {}
+    for names in block.groups():
+        # The experts' first matrices are looked at together, then what reads those.
+        together.setdefault(re.sub(r"(\.experts)\.\d+\.", r"\1.", names[0]), []).append(names)
+    found = []
+    for groups in together.values():
+        at_once = max(1, _MOMENTS_BYTES // (4 * block.entries[groups[0][0]].shape[1] ** 2))
+        found += [groups[start : start + at_once] for start in range(0, len(groups), at_once)]
+    return found
+
+
+def _fit_readers(block: Block, names: tuple[str, ...], factor: Tensor, settings: Settings) -> dict[str, Quantized]:
+    """The matrices that read one tensor of the second moments `factor` [K, K], which is overwritten."""
     energy = factor.diagonal().clone()
     order = energy.argsort(descending=True, stable=True) if settings.act_order else None
     inverse_factor(factor, settings.damping, order)
@@ -63,17 +83,20 @@ def _fit_readers(block: Block, names: tuple[str, ...], settings: Settings) -> di
     return fitted
 
 
-def sum_outer_products(block: Block, name: str) -> Tensor:
-    """H = sum_t x_t x_t^T / tokens of one matrix's inputs: [K, K] float32."""
-    columns = block.entries[name].shape[1]
-    hessian = torch.zeros(columns, columns, device=block.device)
+def sum_outer_products(block: Block, names: Sequence[str]) -> dict[str, Tensor]:
+    """H = sum_t x_t x_t^T / tokens of some matrices' inputs: [K, K] float32, by name."""
+    found = {}
+    for name in names:
+        columns = block.entries[name].shape[1]
+        found[name] = torch.zeros(columns, columns, device=block.device)
 
     def add(name: str, inputs: Tensor) -> None:
         inputs = inputs.float()
-        hessian.addmm_(inputs.T, inputs)
+        found[name].addmm_(inputs.T, inputs)
 
-    block.observe([name], add)
-    return total(hessian).div_(block.tokens())
+    block.observe(names, add)
+    tokens = block.tokens()
+    return {name: total(moments).div_(tokens) for name, moments in found.items()}
 
 
 def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None) -> Tensor:

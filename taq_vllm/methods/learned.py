@@ -184,4 +184,6 @@ def _step(block: Block, fits: dict[str, _Fit], batch: int, rate: float) -> None:
     with torch.enable_grad():
         _difference(block, batch, weights).backward()
     for name, fit in fits.items():
-        fit.move(total(weights[f"{name}.weight"].grad.float()), rate)
+        weight = weights[f"{name}.weight"]
+        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad  # an expert without a token
+        fit.move(total(gradient.float()), rate)

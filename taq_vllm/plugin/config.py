@@ -26,6 +26,7 @@ from huggingface_hub import snapshot_download
 from taq_kernels import ops, tuned
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
@@ -34,11 +35,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
+from taq_vllm.checkpoint import check_tensors
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import GROUP_SIZE, PLAN_FILE, MatrixPlan, Plan
 from taq_vllm.plugin.head import CheckedUnquantizedHeadMethod, TaqHeadMethod, tied_head_error
 from taq_vllm.plugin.linear import SHARDED_LAYERS, CheckedUnquantizedMethod, MatrixSpec, TaqLinearMethod
-from taq_vllm.units import HEAD
+from taq_vllm.units import HEAD, experts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -91,6 +93,8 @@ class TaqConfig(CompressedTensorsConfig):
         self._claimed: set[str] = set()
         self._open_layers = 0
         self._matrices: Counter[int] = Counter()
+        self._experts: Counter[int] = Counter()
+        """Blocks by the bits of their experts."""
         self._resident_bytes = 0
 
     # What vLLM asks to find the configuration.
@@ -160,6 +164,13 @@ class TaqConfig(CompressedTensorsConfig):
         head = plan.matrices.get(HEAD)
         if head is not None and head.tied and head.bits < 16:
             raise ValueError(f"{where}: {tied_head_error(HEAD, head.bits)}")
+        for name, matrix in plan.matrices.items():
+            if experts_of(name) and matrix.bits < 16:
+                raise ValueError(
+                    f"{where} gives {experts_of(name)} {matrix.bits} bits, but experts are not rounded while loading. "
+                    "Write a checkpoint with `taq quantize` and serve that, or plan 16 bits for the experts: "
+                    "--pin 're:.*experts.*=16'"
+                )
         return plan
 
     def _plan_of_checkpoint(self, model_name: str, named: str | None, revision: str | None) -> Plan | None:
@@ -187,7 +198,10 @@ class TaqConfig(CompressedTensorsConfig):
                 "or write the checkpoint again with `taq quantize`"
             )
         if any(Path(model_name).glob("*.safetensors")):
-            ModelFiles(model_name)  # a file that is missing or cut short is named here, before anything starts
+            files = ModelFiles(model_name)  # a file that is missing or cut short is named here, before anything starts
+            if any(map(experts_of, plan.matrices)):
+                # Other matrices are checked when they are loaded; experts by vLLM, which does not miss any.
+                check_tensors(files, plan)
         return plan
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
@@ -203,6 +217,8 @@ class TaqConfig(CompressedTensorsConfig):
         Raises:
             ValueError: plan, checkpoint and layer do not agree.
         """
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
         if isinstance(layer, LinearBase | ParallelLMHead):
             specs = self._specs(layer, prefix)
             if specs is not None:
@@ -214,6 +230,25 @@ class TaqConfig(CompressedTensorsConfig):
                     return (TaqHeadMethod if quantized else CheckedUnquantizedHeadMethod)(self, specs)
                 return (TaqLinearMethod if quantized else CheckedUnquantizedMethod)(self, specs)
         return super().get_quant_method(layer, prefix)
+
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        """The parent's method, vLLM's own kernels, for the experts of a block, which all have one bitwidth."""
+        planned = [entry for name, entry in self._planned.items() if experts_of(name) == prefix]
+        bits = {matrix.bits for _, matrix in planned}
+        try:
+            method = super().get_quant_method(layer, prefix)
+        except (ValueError, NotImplementedError) as error:
+            if not bits:
+                raise
+            (width,) = bits
+            raise ValueError(
+                f"{prefix}: vLLM has no kernel on this device for experts of {width} bits ({error}). On a CPU it needs "
+                "4 bits and AMX instructions. Serve on another device, or plan 16 bits for the experts: "
+                "--pin 're:.*experts.*=16'"
+            ) from error
+        self._claimed.update(name for name, _ in planned)
+        self._experts.update(bits)
+        return method
 
     def _specs(self, layer: LinearBase | ParallelLMHead, prefix: str) -> list[MatrixSpec] | None:
         """What each matrix of the layer is, in the order of the layer's shards; None if the parent answers."""
@@ -331,7 +366,7 @@ class TaqConfig(CompressedTensorsConfig):
             raise ValueError(
                 f"the plan names {len(unclaimed)} matrices that no layer of this model has claimed: "
                 f"{', '.join(unclaimed[:3])}{' ...' if len(unclaimed) > 3 else ''}. Is it a plan for another model? "
-                "Mixture-of-experts layers cannot be planned. Make a plan for this model with `taq plan`."
+                "Make a plan for this model with `taq plan`."
             )
 
     def layer_loaded(self, specs: list[MatrixSpec], resident_bytes: int, device: torch.device) -> None:
@@ -341,12 +376,14 @@ class TaqConfig(CompressedTensorsConfig):
         self._open_layers -= 1
         if self._open_layers == 0:
             counts = ", ".join(f"{self._matrices[bits]} at {bits} bits" for bits in (4, 8, 16))
+            experts = ", ".join(f"{count} at {bits} bits" for bits, count in sorted(self._experts.items()))
             logger.info(
-                "taq: %d matrices: %s; %.1f MB resident; kernel %s",
+                "taq: %d matrices: %s; %.1f MB resident; kernel %s%s",
                 self._matrices.total(),
                 counts,
                 self._resident_bytes / 1e6,
                 ops.kernel_name(device),
+                f"; vLLM's own for the experts of blocks: {experts}" if experts else "",
             )
 
 

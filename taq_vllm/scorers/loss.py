@@ -44,6 +44,7 @@ from torch.utils.hooks import RemovableHandle
 from taq_vllm import journal, units
 from taq_vllm.distributed import gather, world
 from taq_vllm.estimates import mean_and_stderr
+from taq_vllm.experts import experts_in
 from taq_vllm.hidden_states import HiddenStates
 from taq_vllm.progress import steps
 from taq_vllm.rounding import Rounding, check_bits, is_quantizable
@@ -259,18 +260,24 @@ def _through_block(
     """The gradient at a block's output becomes that at its input, batch by batch; its matrices' products are added."""
     of_batch = iter(zip(batches, inputs, strict=True))
     with model.block(layer) as block:
-        examples = torch.empty(0)
+        examples, positions, experts = torch.empty(0), 0, experts_in(block)
 
         def record(name: str, matrix: nn.Linear) -> None:
             errors = _errors(name, matrix.weight, bits, rounding, model, _gradient_dtype(model))
 
             def at_forward(_: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
-                x = arguments[0].detach()  # [B, T, K]
+                x = arguments[0].detach()  # [B, T, K], an expert's [tokens sent, K]
+                rows = experts.tokens.cpu() // positions if x.dim() == 2 else None
 
-                def at_backward(delta: Tensor) -> None:  # [B, T, N]; zero at padding, which no answer sees
+                def at_backward(delta: Tensor) -> None:  # [..., N]; zero at padding, which no answer sees
                     for place, error in enumerate(errors):
                         moved = nn.functional.linear(x, error)
-                        products[name][examples, place] = (delta.float() * moved.float()).sum((1, 2)).double().cpu()
+                        by_token = (delta.float() * moved.float()).sum(-1).double().cpu()
+                        if rows is None:
+                            products[name][examples, place] = by_token.sum(1)
+                        else:
+                            of_row = torch.zeros(len(examples), dtype=torch.float64).index_add_(0, rows, by_token)
+                            products[name][examples, place] = of_row
 
                 output.register_hook(at_backward)
 
@@ -284,9 +291,9 @@ def _through_block(
         block.to(_gradient_dtype(model))
 
         def backward(after: Tensor) -> Tensor:
-            nonlocal examples
+            nonlocal examples, positions
             batch, states = next(of_batch)
-            examples = batch.examples
+            examples, positions = batch.examples, batch.input_ids.shape[1]
             with torch.enable_grad():
                 states = states.to(after.dtype).clone().requires_grad_()
                 (before,) = torch.autograd.grad(model.run_with_gradient(layer, block, states), states, after)
