@@ -1,25 +1,22 @@
 """The plugin inside the real engine, against transformers reading the same checkpoint without this project."""
 
-import gc
 import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from compressed import compress_checkpoint, scheme_of
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from engines import MEAN_DIFFERENCE, NEW_TOKENS, PROMPTS, TIE, assert_agrees, engine, reference, serve
 from plans import make_plan, mixed
 from safetensors.torch import save_file
 from taq_kernels import ops
 from tiny_models import make_tiny
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from vllm import LLM, SamplingParams
-from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from benchmarks.server import vllm_serve
@@ -27,78 +24,6 @@ from taq_vllm.checkpoint import Calibration, quantize_model
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import PLAN_FILE
 from taq_vllm.plugin import config
-
-NEW_TOKENS = 8
-# Prompts below and above the number of tokens from which weights are unpacked (cpu.BLOCKWISE_FROM_TOKENS).
-PROMPTS = [
-    torch.randint(3, 3000, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-    for length in (2, 9, 40, 150)
-]
-
-# transformers and vLLM round to bf16 in other places (norms, rotary embedding, attention), which moves a
-# log-probability of these models by 0.004 to 0.012 on average, quantized or not. 4-bit codes that are off by one
-# move it by 0.1 and more.
-MEAN_DIFFERENCE = 0.03
-# Greedy tokens may differ only where the best two are closer than this noise.
-TIE = 0.1
-
-
-@contextmanager
-def engine(folder, **kwargs):
-    """vLLM in this process."""
-    llm = LLM(str(folder), skip_tokenizer_init=True, max_model_len=256, **({"enforce_eager": True, "seed": 0} | kwargs))
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
-
-
-def generate(llm):
-    """Greedy tokens and prompt log-probabilities."""
-    sampling = SamplingParams(
-        temperature=0, max_tokens=NEW_TOKENS, prompt_logprobs=0, detokenize=False, ignore_eos=True
-    )
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], sampling, use_tqdm=False)
-    tokens = [list(output.outputs[0].token_ids) for output in outputs]
-    logprobs = [
-        torch.tensor(
-            [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
-        )
-        for output, prompt in zip(outputs, PROMPTS, strict=True)
-    ]
-    return tokens, logprobs
-
-
-def serve(folder, **kwargs):
-    with engine(folder, **kwargs) as llm:
-        return generate(llm)
-
-
-@torch.no_grad()
-def reference(folder, tokens=None):
-    """transformers' prompt log-probabilities, and its margin of best over second and over `tokens` at each step."""
-    model = folder if isinstance(folder, nn.Module) else AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    logprobs, margins = [], []
-    for index, prompt in enumerate(PROMPTS):
-        continued = prompt + (tokens[index] if tokens else [])
-        ids = torch.tensor([continued])
-        logits = model(ids).logits[0].float().log_softmax(-1)
-        picked = logits[:-1].gather(1, ids[0, 1:, None])[:, 0]
-        logprobs.append(picked[: len(prompt) - 1])
-        margins.append(logits[len(prompt) - 1 : -1].amax(-1) - picked[len(prompt) - 1 :])
-    return logprobs, margins
-
-
-def assert_agrees(folder, tokens, logprobs):
-    expected, margins = reference(folder, tokens)
-    difference = torch.cat([(a - b).abs() for a, b in zip(logprobs, expected, strict=True)]).mean()
-    assert difference < MEAN_DIFFERENCE
-    # Every token that was chosen is transformers' own choice too, given the same beginning, or as good as tied.
-    assert max(margin.max().item() for margin in margins) < TIE
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -288,8 +213,8 @@ def test_lora_adapter_is_added_to_a_layer_of_mixed_bits(model, checkpoint, tmp_p
 @pytest.mark.engine
 def test_two_ranks_agree_with_transformers(checkpoint, tmp_path):
     script = (
-        "import torch, test_plugin_serving as t\n"
-        f"tokens, logprobs = t.serve({str(checkpoint)!r}, tensor_parallel_size=2)\n"
+        "import torch, engines\n"
+        f"tokens, logprobs = engines.serve({str(checkpoint)!r}, tensor_parallel_size=2)\n"
         f"torch.save((tokens, logprobs), {str(tmp_path / 'out.pt')!r})\n"
     )
     main = tmp_path / "main.py"
@@ -297,7 +222,7 @@ def test_two_ranks_agree_with_transformers(checkpoint, tmp_path):
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
-        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
+        "PYTHONPATH": str(Path(__file__).parent),
     }
     result = subprocess.run(
         [sys.executable, str(main)], env=environment, capture_output=True, text=True, timeout=300, check=False

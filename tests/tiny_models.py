@@ -49,8 +49,8 @@ def make_tiny(model_type: str, folder: Path, dtype: torch.dtype = torch.bfloat16
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
+            if parameter.dim() >= 2:  # the experts of a block are one tensor of three
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
     model.save_pretrained(folder)

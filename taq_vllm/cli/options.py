@@ -17,7 +17,7 @@ from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import BITS_MENU, STUDY_BITS, SYMMETRIC, MatrixPlan, Plan
 from taq_vllm.scorers import SCORERS
 from taq_vllm.scores import Scores
-from taq_vllm.units import GRANULARITIES, HEAD, Granularity, layer_of
+from taq_vllm.units import GRANULARITIES, HEAD, experts_of, Granularity, layer_of
 
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
@@ -245,9 +245,8 @@ def print_plan(plan: Plan, files: ModelFiles) -> None:
         groups.setdefault(name if name == HEAD else str(layer_of(name)), {})[name] = entry
     for group, entries in groups.items():
         widths = sorted({entry.bits for entry in entries.values()}, reverse=True)
-        # q_proj is q, down_proj is down: the names are long, and their ends are all alike.
         by_bits = {
-            bits: " ".join(n.rpartition(".")[2].removesuffix("_proj") for n, e in entries.items() if e.bits == bits)
+            bits: " ".join(dict.fromkeys(_short(name) for name, entry in entries.items() if entry.bits == bits))
             for bits in widths
         }
         matrices = "all" if len(widths) == 1 else ", ".join(f"{names} {bits}" for bits, names in by_bits.items())
@@ -261,6 +260,11 @@ def print_plan(plan: Plan, files: ModelFiles) -> None:
     gap = plan.allocation.settings.get("optimality_gap")
     if gap:
         out.print(f"not proven best: another plan could cost up to {gap:.3g} less")
+
+
+def _short(matrix: str) -> str:
+    """q_proj is q, down_proj is down, all experts are experts: the names are long, and their ends are all alike."""
+    return (experts_of(matrix) or matrix).rpartition(".")[2].removesuffix("_proj")
 
 
 def _numbers(values: Iterable[int]) -> str:

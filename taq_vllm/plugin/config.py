@@ -242,9 +242,9 @@ class TaqConfig(CompressedTensorsConfig):
                 raise
             (width,) = bits
             raise ValueError(
-                f"{prefix}: vLLM has no kernel on this device for experts of {width} bits ({error}). On a CPU it needs "
-                "4 bits and AMX instructions. Serve on another device, or plan 16 bits for the experts: "
-                "--pin 're:.*experts.*=16'"
+                f"{prefix}: vLLM has no kernel on this device for experts of {width} bits ({error}) On a CPU it "
+                "needs AMX instructions and 4 bits without zero points (--symmetric 4). Serve on another device, or "
+                "plan 16 bits for the experts: --pin 're:.*experts.*=16'"
             ) from error
         self._claimed.update(name for name, _ in planned)
         self._experts.update(bits)
