@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import BITS_MENU, GROUP_SIZE, MatrixPlan, Plan, Shape, weight_bytes
-from taq_vllm.units import HEAD, units_of
+from taq_vllm.units import HEAD, experts_of, units_of
 
 if TYPE_CHECKING:
     from taq_kernels.tuned import Table
@@ -364,6 +364,11 @@ class Meter:
         return math.floor(limit.amount * weights / 8)
 
     def _measured(self) -> Latencies:
+        if any(map(experts_of, self._shapes.matrices)):
+            raise ValueError(
+                "a budget in ms counts every matrix in every step, but a mixture's experts run only where tokens are "
+                "sent to them: give a budget in bits or bytes"
+            )
         if self._latencies is None:
             raise ValueError("a budget in ms needs measured latencies: run `taq tune MODEL --step` on the device")
         return self._latencies

@@ -8,8 +8,8 @@ A *unit* is a set of matrices that get the same bits. Its name is Hugging Face's
   different bits (`--uniform-fused` refuses those);
 - `module`: each matrix for itself, `model.layers.3.self_attn.q_proj`.
 
-All experts of a block are one unit, `model.layers.3.mlp.experts`, below `layer`: a server runs them in one kernel of one
-bitwidth. The head, `lm_head`, is a unit of its own at every granularity. Pure Python.
+All experts of a block are one unit, `model.layers.3.mlp.experts`, also where matrices are: a server runs them in one
+kernel of one bitwidth. The head, `lm_head`, is a unit of its own at every granularity. Pure Python.
 """
 
 import re

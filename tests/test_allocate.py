@@ -16,7 +16,7 @@ from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import ModelRef, ScorerRef, weight_bytes
 from taq_vllm.scores import Scores, UnitScore
 from taq_vllm.scoring import baseline
-from taq_vllm.units import layer_of, units_of
+from taq_vllm.units import experts_of, layer_of, units_of
 
 LAYERS = 6
 
@@ -202,6 +202,25 @@ def test_edges_and_pins_win_over_scores_and_pins_over_edges(files):
 def test_a_pin_that_is_malformed_or_matches_nothing_is_refused(files, pin):
     with pytest.raises(ValueError, match="pin"):
         allocate(files, scores_of(files, range(LAYERS)), Request("9bits", pins=(pin,)))
+
+
+def test_experts_of_a_block_are_pinned_together(tmp_path):
+    files = ModelFiles(make_tiny("qwen3_moe", tmp_path / "mixture", num_hidden_layers=2))
+    request = Request("9bits", pins=("layers.0.mlp.experts.3.up_proj=8",))
+    plan = allocate(files, baseline(files, "random"), request)
+    plan.check_served("the plan")
+    of_first = [entry for name, entry in plan.matrices.items() if experts_of(name) == "model.layers.0.mlp.experts"]
+    assert len(of_first) == 3 * 8
+    assert all((entry.bits, entry.why) == (8, "pinned") for entry in of_first)
+    unlike = replace(request, pins=(*request.pins, "layers.0.mlp.experts.4.up_proj=4"))
+    with pytest.raises(ValueError, match=r"one layer to a server: pin them alike$"):
+        allocate(files, baseline(files, "random"), unlike)
+    entry = of_first[0].model_copy(update={"bits": 4})
+    edited = plan.model_copy(update={"matrices": plan.matrices | {"model.layers.0.mlp.experts.7.up_proj": entry}})
+    with pytest.raises(ValueError, match="all experts of a block have one format"):
+        edited.check_served("the plan")
+    with pytest.raises(ValueError, match="budget in ms counts every matrix"):
+        allocate(files, baseline(files, "random"), Request("9ms@batch=1"))
 
 
 def test_a_pin_on_layer_1_does_not_catch_layer_10(tmp_path):

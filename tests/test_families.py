@@ -21,8 +21,8 @@ from vllm.distributed.parallel_state import (
 )
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt4
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 import (
-    CompressedTensorsWNA16MoEMethod,
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+    compressed_tensors_moe_wna16 as wna16_experts,
 )
 from vllm.model_executor.model_loader import get_model_loader
 
@@ -158,7 +158,9 @@ def test_vllm_loads_the_codes_of_quantized_experts_as_they_were_written(tmp_path
     model = make_family("Qwen3-30B-A3B", tmp_path / "model")
     specialized(model, tmp_path / "out", pins=("re:.*experts.*=4",), symmetric={4: True})
     monkeypatch.setattr(CPUExpertsInt4, "_supports_current_device", staticmethod(lambda: True))
-    monkeypatch.setattr(CompressedTensorsWNA16MoEMethod, "process_weights_after_loading", lambda *arguments: None)
+    monkeypatch.setattr(
+        wna16_experts.CompressedTensorsWNA16MoEMethod, "process_weights_after_loading", lambda *arguments: None
+    )
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # as vLLM's CPU worker does
     config = EngineArgs(str(tmp_path / "out"), quantization="taq", enforce_eager=True).create_engine_config()
     with set_current_vllm_config(config):

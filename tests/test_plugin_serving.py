@@ -25,6 +25,7 @@ from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import PLAN_FILE
 from taq_vllm.plugin import config
 
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     # A vocabulary that vLLM pads, on one rank and on two.

@@ -28,3 +28,10 @@ def test_the_layer_of_a_matrix_is_a_number_and_the_head_has_none():
     assert layer_of("model.layers.12.mlp.up_proj") == layer_of("model.layers.12") == 12
     with pytest.raises(AssertionError, match="not inside"):
         layer_of(HEAD)
+
+
+def test_the_experts_of_a_block_are_one_unit_below_the_layer():
+    experts = [f"model.layers.3.mlp.experts.{index}.{part}_proj" for index in (0, 10) for part in ("gate", "down")]
+    for granularity in ("fused", "module"):
+        assert units_of(experts, granularity) == {"model.layers.3.mlp.experts": tuple(experts)}
+    assert list(units_of([*BLOCK, *experts], "layer")) == ["model.layers.3"]

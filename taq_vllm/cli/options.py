@@ -17,7 +17,7 @@ from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import BITS_MENU, STUDY_BITS, SYMMETRIC, MatrixPlan, Plan
 from taq_vllm.scorers import SCORERS
 from taq_vllm.scores import Scores
-from taq_vllm.units import GRANULARITIES, HEAD, experts_of, Granularity, layer_of
+from taq_vllm.units import GRANULARITIES, HEAD, Granularity, experts_of, layer_of
 
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 

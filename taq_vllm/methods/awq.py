@@ -88,9 +88,13 @@ def pairs_of(module: nn.Module) -> list[Pair]:
     pairs = []
     # Gemma's norms multiply by 1 + weight, which does not stay exact when it is divided.
     is_gemma = hasattr(module, "pre_feedforward_layernorm")
-    for norm, names in () if is_gemma else (
-        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj")),
-        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj")),
+    for norm, names in (
+        ()
+        if is_gemma
+        else (
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj")),
+            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj")),
+        )
     ):
         readers = tuple(name for name in names if name in matrices)
         if readers:
