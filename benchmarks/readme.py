@@ -164,6 +164,19 @@ def _markdown(table: "Table", columns: Sequence[str] = ()) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)])
 
 
+def support_table(lines: list[Line]) -> str:
+    """What of vLLM works with a mixed checkpoint, from the tests' own outcomes."""
+    command = "python -m pytest -m feature --support benchmarks/results/support-cpu.jsonl"
+    text = [f"**What works, tested on a CPU** (`{command}`)\n", "| | compared | works |", "|---|---|---|"]
+    for name in dict.fromkeys(line["feature"] for line in lines):
+        found = [line for line in lines if line["feature"] == name]
+        failed = any(line["outcome"] == "failed" for line in found)
+        reasons = [line["reason"] for line in found if line["outcome"] == "skipped"]
+        works = "**no**" if failed else f"not here: {reasons[0]}" if reasons else "yes"
+        text.append(f"| {name} | {found[0]['compared']} | {works} |")
+    return "\n".join(text)
+
+
 SECTIONS: dict[str, Callable[[list[Line]], str]] = {
     **{f"accuracy-{name}.jsonl": accuracy_table for name in ACCURACY_STUDIES},
     "accuracy-awq.jsonl": awq_table,
@@ -171,6 +184,7 @@ SECTIONS: dict[str, Callable[[list[Line]], str]] = {
     "quantizers-time-cpu.jsonl": quantizers_table,
     "demo-cpu.jsonl": demo_table,
     "parity-cpu.jsonl": parity_table,
+    "support-cpu.jsonl": support_table,
     "serving-cpu.jsonl": serving_table,
     "serving-cpu-bf16.jsonl": serving_table,
     "kernels-cpu-bf16.jsonl": kernels_table,
@@ -213,6 +227,8 @@ def summary() -> str:
     if lines := read("serving-cpu-bf16.jsonl"):
         shown = ("contender", "tokens/s, batch 1", "tokens/s, batch 8", "share of floor", "memory MB", "load s")
         parts.append("**Speed and memory on a CPU**, " + _markdown(serving.render(lines)[0], shown))
+    if lines := read("support-cpu.jsonl"):
+        parts.append(support_table(lines))
     if lines := read("large-cpu.jsonl"):
         shown = ("model", "GB", "quantizer", "out GB", "score, s (peak GB)", "quantize, s (peak GB)", "below 6 GB")
         parts.append("**Models beyond memory**: " + _markdown(large.render(lines), shown))

@@ -1,12 +1,16 @@
-"""What tests of several modules share: the skip for machines without a GPU, the GPU kernel in Triton's interpreter, and
-vLLM without its engine."""
+"""What tests of several modules share: the skip for machines without a GPU, the GPU kernel in Triton's interpreter,
+vLLM without its engine, and the lines of the support table."""
 
 import importlib.util
+import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks.provenance import provenance
 
 # Before vLLM is imported: no network, one engine in this process, threads left alone, a small cache, and the log that
 # tests read (an evaluation would turn it down for the whole process).
@@ -18,6 +22,35 @@ os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_NO_USAGE_STATS="1",
 )
+
+
+SUPPORT = pytest.StashKey[list]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--support", metavar="FILE", type=Path, help="write what tests marked `feature` found, as lines")
+
+
+def pytest_configure(config):
+    config.stash[SUPPORT] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    mark = item.get_closest_marker("feature")
+    if mark and (report.when == "call" or not report.passed):
+        name, compared = mark.args
+        reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else None
+        line = {"feature": name, "compared": compared, "outcome": report.outcome, "reason": reason}
+        item.config.stash[SUPPORT].append({"benchmark": "support", **line})
+    return report
+
+
+def pytest_sessionfinish(session):
+    if path := session.config.option.support:
+        source = provenance()
+        path.write_text("".join(json.dumps(line | source) + "\n" for line in session.config.stash[SUPPORT]))
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,12 @@
-"""vLLM's engine in this process, and transformers as what it is compared with."""
+"""vLLM's engine in this process or in one of its own, and transformers as what it is compared with."""
 
 import gc
+import os
+import subprocess
+import sys
+import textwrap
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -29,9 +34,8 @@ def engine(folder, **kwargs):
     """vLLM in this process."""
     llm = None
     try:
-        llm = LLM(
-            str(folder), skip_tokenizer_init=True, max_model_len=256, **({"enforce_eager": True, "seed": 0} | kwargs)
-        )
+        defaults = {"skip_tokenizer_init": True, "max_model_len": 256, "enforce_eager": True, "seed": 0}
+        llm = LLM(str(folder), **(defaults | kwargs))
         yield llm
     finally:
         if llm is not None:
@@ -39,6 +43,22 @@ def engine(folder, **kwargs):
             del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def in_a_process(code, folder, **environment):
+    """Run Python lines, which can import the modules of the tests, in a process of their own; its whole output."""
+    main = folder / "main.py"
+    main.write_text("if __name__ == '__main__':\n" + textwrap.indent(textwrap.dedent(code), "    "))
+    result = subprocess.run(
+        [sys.executable, str(main)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout + result.stderr
 
 
 def generate(llm):

@@ -102,7 +102,12 @@ def dequantized(folder, out):
     return out
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def feature_of(name):
+    experts = ", its experts in 16 bits" if FAMILIES[name][0] == "qwen3_moe" else ""
+    return pytest.mark.feature(f"{name}{experts}", "from its 16-bit checkpoint to served tokens, as transformers")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=feature_of(name)) for name in FAMILIES])
 def test_family_is_specialized_and_served_as_transformers_reads_it(name, tmp_path):
     model = make_family(name, tmp_path / "model")
     is_mixture = FAMILIES[name][0] == "qwen3_moe"

@@ -1,16 +1,12 @@
 """The plugin inside the real engine, against transformers reading the same checkpoint without this project."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from compressed import compress_checkpoint, scheme_of
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-from engines import MEAN_DIFFERENCE, NEW_TOKENS, PROMPTS, TIE, assert_agrees, engine, reference, serve
+from engines import MEAN_DIFFERENCE, NEW_TOKENS, PROMPTS, TIE, assert_agrees, engine, in_a_process, reference, serve
 from plans import make_plan, mixed
 from safetensors.torch import save_file
 from taq_kernels import ops
@@ -90,6 +86,7 @@ def decompressed(folder, key_of):
     return exact
 
 
+@pytest.mark.feature("offline `LLM()`, eager", "as transformers, within the noise of bf16")
 def test_our_checkpoint_agrees_with_transformers(checkpoint, served):
     assert_agrees(checkpoint, *served)
 
@@ -140,6 +137,7 @@ def test_stock_vllm_refuses_different_bits_in_one_fused_layer(model, tmp_path):
         serve(folder)
 
 
+@pytest.mark.feature("plan beside a 16-bit model", "the tokens and log-probabilities of the checkpoint, to the bit")
 def test_rounding_while_loading_is_the_offline_checkpoint_to_the_bit(model, plan, served, tmp_path, monkeypatch):
     plan.save(tmp_path / PLAN_FILE)
     monkeypatch.setenv("TAQ_PLAN", str(tmp_path / PLAN_FILE))
@@ -148,6 +146,7 @@ def test_rounding_while_loading_is_the_offline_checkpoint_to_the_bit(model, plan
     assert all(torch.equal(a, b) for a, b in zip(logprobs, served[1], strict=True))
 
 
+@pytest.mark.feature("torch.compile: whole graph", "as transformers, within the noise of bf16")
 def test_compiled_graph_gives_the_same_tokens(checkpoint, monkeypatch):
     # vLLM's setting for CI: dynamo traces the whole model, inductor is left out.
     monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
@@ -165,6 +164,7 @@ def test_float32_engine_computes_what_the_stored_codes_stand_for(checkpoint):
             assert (got - expected).abs().max() < 1e-3
 
 
+@pytest.mark.feature("`--load-format dummy`", "runs")
 def test_dummy_weights_load_and_run(checkpoint):
     assert all(len(tokens) == NEW_TOKENS for tokens in serve(checkpoint, load_format="dummy")[0])
 
@@ -187,6 +187,7 @@ def write_adapter(folder, rank=8):
     return updates
 
 
+@pytest.mark.feature("LoRA on the quantized base", "greedy tokens as transformers with the adapter merged")
 def test_lora_adapter_is_added_to_a_layer_of_mixed_bits(model, checkpoint, tmp_path):
     (tmp_path / "model").symlink_to(model)
     updates = write_adapter(tmp_path / "adapter")
@@ -212,28 +213,23 @@ def test_lora_adapter_is_added_to_a_layer_of_mixed_bits(model, checkpoint, tmp_p
 
 
 @pytest.mark.engine
+@pytest.mark.feature("tensor parallel 2", "as transformers, within the noise of bf16")
 def test_two_ranks_agree_with_transformers(checkpoint, tmp_path):
-    script = (
-        "import torch, engines\n"
-        f"tokens, logprobs = engines.serve({str(checkpoint)!r}, tensor_parallel_size=2)\n"
-        f"torch.save((tokens, logprobs), {str(tmp_path / 'out.pt')!r})\n"
+    output = in_a_process(
+        f"""
+        import torch, engines
+        torch.save(engines.serve({str(checkpoint)!r}, tensor_parallel_size=2), {str(tmp_path / "out.pt")!r})
+        """,
+        tmp_path,
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_CPU_OMP_THREADS_BIND="0|1",
     )
-    main = tmp_path / "main.py"
-    main.write_text("if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in script.splitlines()))
-    environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
-        "PYTHONPATH": str(Path(__file__).parent),
-    }
-    result = subprocess.run(
-        [sys.executable, str(main)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert (result.stdout + result.stderr).count("matrices: ") == 2
+    assert output.count("matrices: ") == 2
     assert_agrees(checkpoint, *torch.load(tmp_path / "out.pt"))
 
 
 @pytest.mark.engine
+@pytest.mark.feature("`vllm serve`, torch.compile with inductor", "as the eager engine, within the noise of bf16")
 def test_vllm_serve_compiles_and_answers_over_http(checkpoint, served, tmp_path):
     arguments = ["--quantization", "taq", "--max-model-len", "256", "--max-num-seqs", "8"]
     logprobs = []
