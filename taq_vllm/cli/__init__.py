@@ -13,6 +13,7 @@ from rich.console import Console
 
 from taq_vllm import __version__
 from taq_vllm.cli.evaluate import compare, evaluate
+from taq_vllm.cli.fleet import fleet_app
 from taq_vllm.cli.plan import plan_app
 from taq_vllm.cli.quantize import quantize, verify
 from taq_vllm.cli.score import score
@@ -30,6 +31,7 @@ app.command()(compare)
 app.command()(specialize)
 app.command()(tune)
 app.add_typer(scores, name="scores")
+app.add_typer(fleet_app, name="fleet")
 
 
 def _version(asked: bool) -> None:

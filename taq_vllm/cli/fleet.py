@@ -1,0 +1,130 @@
+"""`taq fleet`: one specialised model per task, as one service."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from taq_vllm.cli.options import Json, out, print_json
+
+if TYPE_CHECKING:
+    from taq_vllm.fleet.memory import Need
+    from taq_vllm.fleet.services import Service
+
+fleet_app = typer.Typer(no_args_is_help=True, help=__doc__)
+
+FleetFile = Annotated[Path, typer.Argument(metavar="fleet.yaml", help="Which checkpoint answers for which task.")]
+
+
+@fleet_app.command()
+def up(
+    fleet_file: FleetFile,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="VLLM_API_KEY", help="Asked of every request; better given in VLLM_API_KEY."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Print what fits into memory and start nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Start one vLLM server per task, and one OpenAI-compatible endpoint in front."""
+    from taq_vllm.fleet import local
+    from taq_vllm.fleet.spec import load_fleet
+
+    fleet = load_fleet(fleet_file)
+    processes, needs = _processes(fleet_file)
+    if not as_json:
+        _print_needs(needs)
+    if not dry_run:
+        if not fleet.is_local:
+            out.print(
+                f"{fleet.host}: whoever reaches this port can also register servers with the router, which asks for no "
+                "key there. Let only a proxy through that passes /v1",
+                style="yellow",
+            )
+        say = (lambda text: None) if as_json else (lambda text: out.print(text, highlight=False))
+        local.up(local.run_folder(fleet_file), processes, api_key, say)
+    if as_json:
+        print_json({name: need.__dict__ | {"tokens": need.tokens} for name, need in needs.items()})
+    elif not dry_run:
+        example = {"model": next(iter(fleet.tasks)), "prompt": "...", "max_tokens": 64}
+        key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if api_key else ""
+        out.print(
+            f"ask it: curl http://{fleet.host}:{fleet.port}/v1/completions{key} -H 'content-type: application/json' "
+            f"-d '{json.dumps(example)}'",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@fleet_app.command()
+def status(fleet_file: FleetFile, as_json: Json = False) -> None:
+    """What every process of the fleet does; exit code 1 if one does not answer."""
+    from taq_vllm.fleet import local
+
+    processes, _ = _processes(fleet_file, check_memory=False)
+    states = local.status(local.run_folder(fleet_file), processes)
+    if as_json:
+        print_json({"processes": [state.__dict__ for state in states]})
+    else:
+        table = Table()
+        for column in ("process", "state", "answers", "pid", "up for", "url"):
+            table.add_column(column)
+        for state, service in zip(states, processes, strict=True):
+            answers = "yes" if state.healthy else "no"
+            table.add_row(state.name, state.state, answers, str(state.pid), f"{state.seconds:.0f} s", service.url)
+        out.print(table)
+    if not all(state.healthy for state in states):
+        raise typer.Exit(1)
+
+
+@fleet_app.command()
+def down(fleet_file: FleetFile) -> None:
+    """End all processes of the fleet."""
+    from taq_vllm.fleet import local
+
+    local.down(local.run_folder(fleet_file))
+    out.print("the fleet is down")
+
+
+@fleet_app.command()
+def render(
+    fleet_file: FleetFile,
+    target: Annotated[str, typer.Option(help="k8s (manifests for kubectl apply) or ray (for serve deploy).")],
+    image: Annotated[str | None, typer.Option(help="k8s: a container with vLLM and this project.")] = None,
+    volume_claim: Annotated[str | None, typer.Option(help="k8s: PersistentVolumeClaim with the checkpoints.")] = None,
+) -> None:
+    """Print the fleet for an engine that runs on many machines."""
+    from taq_vllm.fleet import render as renderers
+    from taq_vllm.fleet.spec import load_fleet
+
+    fleet = load_fleet(fleet_file)
+    if target == "ray":
+        typer.echo(renderers.ray_serve(fleet), nl=False)
+    elif target == "k8s" and image:
+        typer.echo(renderers.kubernetes(fleet, image, volume_claim), nl=False)
+    elif target == "k8s":
+        raise typer.BadParameter("k8s needs --image: a container with vLLM and this project")
+    else:
+        raise typer.BadParameter(f"got --target {target}; there are k8s and ray")
+
+
+def _processes(fleet_file: Path, check_memory: bool = True) -> "tuple[list[Service], dict[str, Need]]":
+    from taq_vllm.fleet import memory
+    from taq_vllm.fleet.services import services
+    from taq_vllm.fleet.spec import load_fleet
+
+    fleet, device = load_fleet(fleet_file), memory.this_device()
+    needs = memory.needs(fleet, device, check_memory)
+    return services(fleet, needs, device), needs
+
+
+def _print_needs(needs: "dict[str, Need]") -> None:
+    table = Table(title="memory")
+    for column in ("task", "servers", "weights, GB", "KV cache, GB", "tokens in it", "a server, GB"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for name, need in needs.items():
+        sizes = [f"{size / 1e9:.2f}" for size in (need.weight_bytes, need.cache_bytes, need.server_bytes)]
+        table.add_row(name, str(need.servers), sizes[0], sizes[1], f"{need.tokens:,}", sizes[2])
+    out.print(table)

@@ -1,0 +1,85 @@
+"""The processes of a fleet on one machine: a `vllm serve` per replica on loopback, and the endpoint in front."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from taq_vllm.fleet.memory import Device, Need
+from taq_vllm.fleet.spec import Fleet, Member
+from taq_vllm.plan import PLAN_FILE
+
+ENDPOINT = "endpoint"
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Service:
+    """One process that is kept running.
+
+    Attributes:
+        name: as `trivia-0`, or `endpoint`.
+        command: with its arguments.
+        environment: variables on top of those of the process that starts it.
+        port: on which it listens.
+        task: the model's name in requests; None for the endpoint.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    port: int
+    task: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Where its health is asked."""
+        return f"http://127.0.0.1:{self.port}"
+
+
+def services(fleet: Fleet, needs: Mapping[str, Need], device: Device) -> list[Service]:
+    """All processes, the endpoint last. Ports follow the endpoint's.
+
+    Args:
+        fleet: checked.
+        needs: `memory.needs` of it.
+        device: where it runs.
+    """
+    found: list[Service] = []
+    for name, member in fleet.tasks.items():
+        for replica in range(member.replicas):
+            port = fleet.port + 1 + len(found)
+            environment = _environment(member, replica, needs[name], device, fleet.servers)
+            command = (*_serve(member, name, device), "--host", "127.0.0.1", "--port", str(port))
+            found.append(Service(f"{name}-{replica}", command, environment, port, name))
+    workers = [f"{service.task}={service.url}" for service in found]
+    command = (sys.executable, "-m", "taq_vllm.fleet.endpoint", fleet.host, str(fleet.port), *workers)
+    return [*found, Service(ENDPOINT, command, {}, fleet.port)]
+
+
+def serve_arguments(member: Member, task: str) -> tuple[str, ...]:
+    """Of `vllm serve`, as far as they are the same wherever it runs."""
+    # A plan beside 16-bit weights is followed only if it is asked for; a written checkpoint is recognised anyway.
+    planned = (Path(member.checkpoint) / PLAN_FILE).is_file() and member.argument("--quantization") is None
+    return ("--served-model-name", task, *(("--quantization", "taq") if planned else ()), *member.arguments)
+
+
+def _serve(member: Member, task: str, device: Device) -> tuple[str, ...]:
+    vllm = str(Path(sys.executable).parent / "vllm")
+    share = ("--gpu-memory-utilization", f"{member.memory:g}") if device.kind == "cuda" else ()
+    command = (vllm, "serve", member.checkpoint, *serve_arguments(member, task), *share)
+    return (sys.executable, "-m", "taq_vllm.fleet.server", *command)
+
+
+def _environment(member: Member, replica: int, need: Need, device: Device, servers: int) -> dict[str, str]:
+    if device.kind == "cuda":
+        ours = {"CUDA_VISIBLE_DEVICES": member.devices[replica]} if member.devices else {}
+    else:
+        # Servers share the cores: each would bind its threads to the same ones.
+        ours = {
+            "VLLM_CPU_KVCACHE_SPACE": str(need.cache_bytes // _GIB),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(max(1, device.cores // servers)),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+    return ours | dict(member.environment)
