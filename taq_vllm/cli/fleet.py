@@ -11,7 +11,6 @@ from taq_vllm.cli.options import Json, out, print_json
 
 if TYPE_CHECKING:
     from taq_vllm.fleet.memory import Need
-    from taq_vllm.fleet.services import Service
 
 fleet_app = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -29,11 +28,12 @@ def up(
     as_json: Json = False,
 ) -> None:
     """Start one vLLM server per task, and one OpenAI-compatible endpoint in front."""
-    from taq_vllm.fleet import local
+    from taq_vllm.fleet import local, memory
+    from taq_vllm.fleet.services import services
     from taq_vllm.fleet.spec import load_fleet
 
-    fleet = load_fleet(fleet_file)
-    processes, needs = _processes(fleet_file)
+    fleet, device = load_fleet(fleet_file), memory.this_device()
+    needs = memory.needs(fleet, device)
     if not as_json:
         _print_needs(needs)
     if not dry_run:
@@ -44,7 +44,7 @@ def up(
                 style="yellow",
             )
         say = (lambda text: None) if as_json else (lambda text: out.print(text, highlight=False))
-        local.up(local.run_folder(fleet_file), processes, api_key, say)
+        local.up(local.run_folder(fleet_file), services(fleet, needs, device), api_key, say)
     if as_json:
         print_json({name: need.__dict__ | {"tokens": need.tokens} for name, need in needs.items()})
     elif not dry_run:
@@ -62,8 +62,10 @@ def up(
 def status(fleet_file: FleetFile, as_json: Json = False) -> None:
     """What every process of the fleet does; exit code 1 if one does not answer."""
     from taq_vllm.fleet import local
+    from taq_vllm.fleet.services import addresses
+    from taq_vllm.fleet.spec import load_fleet
 
-    processes, _ = _processes(fleet_file, check_memory=False)
+    processes = addresses(load_fleet(fleet_file))
     states = local.status(local.run_folder(fleet_file), processes)
     if as_json:
         print_json({"processes": [state.__dict__ for state in states]})
@@ -71,9 +73,9 @@ def status(fleet_file: FleetFile, as_json: Json = False) -> None:
         table = Table()
         for column in ("process", "state", "answers", "pid", "up for", "url"):
             table.add_column(column)
-        for state, service in zip(states, processes, strict=True):
+        for state, address in zip(states, processes, strict=True):
             answers = "yes" if state.healthy else "no"
-            table.add_row(state.name, state.state, answers, str(state.pid), f"{state.seconds:.0f} s", service.url)
+            table.add_row(state.name, state.state, answers, str(state.pid), f"{state.seconds:.0f} s", address.url)
         out.print(table)
     if not all(state.healthy for state in states):
         raise typer.Exit(1)
@@ -108,16 +110,6 @@ def render(
         raise typer.BadParameter("k8s needs --image: a container with vLLM and this project")
     else:
         raise typer.BadParameter(f"got --target {target}; there are k8s and ray")
-
-
-def _processes(fleet_file: Path, check_memory: bool = True) -> "tuple[list[Service], dict[str, Need]]":
-    from taq_vllm.fleet import memory
-    from taq_vllm.fleet.services import services
-    from taq_vllm.fleet.spec import load_fleet
-
-    fleet, device = load_fleet(fleet_file), memory.this_device()
-    needs = memory.needs(fleet, device, check_memory)
-    return services(fleet, needs, device), needs
 
 
 def _print_needs(needs: "dict[str, Need]") -> None:

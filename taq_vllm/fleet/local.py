@@ -21,8 +21,8 @@ from typing import Any
 
 import httpx
 
-from taq_vllm.fleet.server import MARK
-from taq_vllm.fleet.services import ENDPOINT, Service
+from taq_vllm.fleet import server
+from taq_vllm.fleet.services import ENDPOINT, Address, Service
 
 KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own
 START_TIMEOUT_S = 900
@@ -78,7 +78,8 @@ def up(
     """
     if _supervisor(folder) is not None:
         raise ValueError(f"the fleet is up already ({folder}): see `taq fleet status`, or end it with `taq fleet down`")
-    _check_ports(services)
+    addresses = [service.address for service in services]
+    _check_ports(addresses)
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     configuration = folder / "supervisord.conf"
@@ -91,26 +92,40 @@ def up(
     subprocess.run(
         [sys.executable, "-m", "supervisor.supervisord", "-c", str(configuration)], env=environment, check=True
     )
-    waiting = {service.name: service for service in services}
     deadline = time.monotonic() + timeout_s
+    while _supervisor(folder) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
     try:
-        while waiting:
-            for state in status(folder, services):
-                if state.name in waiting and state.healthy:
-                    say(f"{state.name} answers on {waiting.pop(state.name).url} after {state.seconds:.0f} s")
-                elif state.name in waiting and (state.state in ("FATAL", "BACKOFF") or time.monotonic() > deadline):
-                    reason = "did not start" if state.state in ("FATAL", "BACKOFF") else "does not answer"
-                    raise ValueError(
-                        f"{state.name} {reason}; the end of {folder / f'{state.name}.log'}:\n"
-                        f"{_log_tail(folder, state.name)}"
-                    )
-            time.sleep(_POLL_S)
+        _wait_until_all_answer(folder, addresses, deadline, say)
     except BaseException:
         down(folder)
         raise
 
 
-def status(folder: Path, services: Sequence[Service]) -> list[State]:
+def _wait_until_all_answer(
+    folder: Path, addresses: Sequence[Address], deadline: float, say: Callable[[str], None]
+) -> None:
+    waiting = {address.name: address for address in addresses}
+    pids: dict[str, int] = {}
+    while waiting or not _router_sees_all(addresses):
+        for state in status(folder, addresses):
+            if state.name not in waiting:
+                continue
+            # Another process than the first has taken its place: that one ended before it ever answered.
+            has_failed = state.state in ("FATAL", "BACKOFF") or pids.setdefault(state.name, state.pid) != state.pid
+            if state.healthy:
+                say(f"{state.name} answers on {waiting.pop(state.name).url} after {state.seconds:.0f} s")
+            elif has_failed:
+                raise ValueError(
+                    f"{state.name} did not start; the end of {folder / f'{state.name}.log'}:\n"
+                    f"{_log_tail(folder, state.name)}"
+                )
+        if time.monotonic() > deadline:
+            raise ValueError(f"{', '.join(waiting) or 'the router'} does not answer in time; see the logs in {folder}")
+        time.sleep(_POLL_S)
+
+
+def status(folder: Path, addresses: Sequence[Address]) -> list[State]:
     """What every process does.
 
     Raises:
@@ -118,18 +133,18 @@ def status(folder: Path, services: Sequence[Service]) -> list[State]:
     """
     supervisor = _running(folder)
     found = {info["name"]: info for info in supervisor.getAllProcessInfo()}
-    unknown = [service.name for service in services if service.name not in found]
+    unknown = [address.name for address in addresses if address.name not in found]
     if unknown:
         raise ValueError(
             f"the fleet that runs has no {', '.join(unknown)}: fleet.yaml was changed since. End it with `taq fleet "
             "down` and start it again"
         )
     states = []
-    for service in services:
-        info = found[service.name]
+    for address in addresses:
+        info = found[address.name]
         is_running = info["pid"] != 0
         seconds = info["now"] - info["start"] if is_running else 0
-        states.append(State(service.name, info["statename"], info["pid"], seconds, is_running and _answers(service)))
+        states.append(State(address.name, info["statename"], info["pid"], seconds, is_running and _answers(address)))
     return states
 
 
@@ -147,23 +162,24 @@ def down(folder: Path) -> None:
 
 
 def _configuration(folder: Path, services: Sequence[Service]) -> configparser.RawConfigParser:
-    parser = configparser.RawConfigParser()
-    parser["unix_http_server"] = {"file": str(_socket(folder)), "chmod": "0700"}
-    parser["supervisord"] = {
-        "logfile": str(folder / "supervisord.log"),
-        "pidfile": str(folder / "supervisord.pid"),
-        "childlogdir": str(folder),
-        "identifier": "taq-fleet",
-    }
-    parser["rpcinterface:supervisor"] = {
-        "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
+    sections: dict[str, dict[str, str]] = {
+        "unix_http_server": {"file": str(_socket(folder)), "chmod": "0700"},
+        "supervisord": {
+            "logfile": str(folder / "supervisord.log"),
+            "pidfile": str(folder / "supervisord.pid"),
+            "childlogdir": str(folder),
+            "identifier": "taq-fleet",
+        },
+        "rpcinterface:supervisor": {
+            "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
+        },
     }
     for service in services:
-        variables = dict(service.environment) | {MARK: str(folder / service.name)}
-        environment = ",".join(f'{name}="{_escaped(value)}"' for name, value in variables.items())
-        parser[f"program:{service.name}"] = {
-            "command": _escaped(shlex.join(service.command)),
-            "environment": environment,
+        name = service.address.name
+        launcher = [sys.executable, "-m", server.__name__, str(folder / f"{name}.group")]
+        sections[f"program:{name}"] = {
+            "command": shlex.join([*launcher, *service.command]),
+            "environment": ",".join(f'{key}="{value}"' for key, value in service.environment.items()),
             "autorestart": "true",
             "startsecs": str(_STABLE_S),
             "startretries": str(_RETRIES),
@@ -171,22 +187,23 @@ def _configuration(folder: Path, services: Sequence[Service]) -> configparser.Ra
             "killasgroup": "true",
             "stopwaitsecs": "30",
             "redirect_stderr": "true",
-            "stdout_logfile": str(folder / f"{service.name}.log"),
+            "stdout_logfile": str(folder / f"{name}.log"),
             "stdout_logfile_maxbytes": "20MB",
             "stdout_logfile_backups": "2",
         }
+    parser = configparser.RawConfigParser()
+    for section, values in sections.items():
+        # supervisor reads % as the beginning of a variable.
+        parser[section] = {name: value.replace("%", "%%") for name, value in values.items()}
     return parser
-
-
-def _escaped(text: str) -> str:
-    """supervisor reads % as the beginning of a variable."""
-    return text.replace("%", "%%")
 
 
 def _socket(folder: Path) -> Path:
     path = folder / "supervisor.sock"
     if len(str(path)) > _LONGEST_SOCKET:
         raise ValueError(f"{path} is too long for a socket: keep fleet.yaml in a folder with a shorter path")
+    if "%" in str(path):
+        raise ValueError(f"{path}: supervisor cannot keep logs under a path with a %: keep fleet.yaml somewhere else")
     return path
 
 
@@ -210,25 +227,30 @@ def _running(folder: Path) -> Any:
     return supervisor
 
 
-def _answers(service: Service) -> bool:
+def _answers(address: Address) -> bool:
     try:
-        return httpx.get(f"{service.url}/health", timeout=2, trust_env=False).is_success
+        return httpx.get(f"{address.url}/health", timeout=2, trust_env=False).is_success
     except httpx.HTTPError:
         return False
 
 
-def _check_ports(services: Sequence[Service]) -> None:
-    for service in services:
+def _router_sees_all(addresses: Sequence[Address]) -> bool:
+    """Whether the router, which asks for their health now and then, sends requests to all servers."""
+    *servers, endpoint = addresses
+    stats = httpx.get(f"{endpoint.url}/workers", timeout=5, trust_env=False).raise_for_status().json()["stats"]
+    return stats["healthy_workers"] == len(servers)
+
+
+def _check_ports(addresses: Sequence[Address]) -> None:
+    for address in addresses:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1", service.port))
+                probe.bind(("127.0.0.1", address.port))
             except OSError as error:
-                endpoint = service.name == ENDPOINT
+                rule = "" if address.name == ENDPOINT else ": the servers' ports follow the endpoint's"
                 raise ValueError(
-                    f"port {service.port} of {service.name} is taken: "
-                    f"{'give another' if endpoint else 'the servers use those after the endpoint`s: give another'} "
-                    "`port` in fleet.yaml"
+                    f"port {address.port} of {address.name} is taken{rule}. Give another `port` in fleet.yaml"
                 ) from error
 
 

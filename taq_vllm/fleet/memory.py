@@ -78,21 +78,15 @@ def this_device() -> Device:
     return Device("cpu", "this machine", memory.total, memory.available, len(os.sched_getaffinity(0)))
 
 
-def needs(fleet: Fleet, device: Device, check_free: bool = True) -> dict[str, Need]:
+def needs(fleet: Fleet, device: Device) -> dict[str, Need]:
     """What each task's servers take.
-
-    Args:
-        fleet: what is to run.
-        device: where.
-        check_free: refuse what does not fit into the memory that is free; not for a fleet that runs already.
 
     Raises:
         ValueError: a checkpoint that is not there or is damaged, a share too small for one request, or shares that do
             not fit together, with what would.
     """
     found = {name: _need(name, member, device) for name, member in fleet.tasks.items()}
-    if check_free:
-        _check_together(fleet, found, device)
+    _check_together(fleet, found, device)
     return found
 
 

@@ -1,9 +1,9 @@
 """A fleet for engines that run on many machines: Kubernetes manifests, or a configuration of Ray Serve LLM.
 
 Kubernetes: per task a Deployment and a Service, and the same endpoint as on one machine in front of them. The image has
-to hold vLLM and this project; checkpoints that are folders here lie under their tasks' names in a volume that is mounted
-at `/models`. A replica has its GPUs for itself, so shares of a device's memory do not come into it; a key for the API is
-read from the Secret `taq-fleet`, key `api-key`, if it exists.
+to hold vLLM and this project; checkpoints that are folders here lie in a volume, mounted at `/models`, under the names
+of their tasks. A replica has its GPUs for itself, so shares of a device's memory do not come into it; a key for the API
+is read from the Secret `taq-fleet`, key `api-key`, if it exists.
 
 Ray: one application of `ray.serve.llm:build_openai_app` with every task as a model, for `serve deploy`.
 """

@@ -1,39 +1,45 @@
-"""Becomes a server of the fleet, after ending what an earlier one of the same name has left.
+"""Becomes a server of the fleet, after ending what an earlier one in its place has left.
 
-    python -m taq_vllm.fleet.server COMMAND ARGUMENTS ...
+    python -m taq_vllm.fleet.server RECORD COMMAND ARGUMENTS ...
 
-vLLM's engine and worker processes go on when their API server is killed, and keep their memory. All of them carry the
-variable `TAQ_FLEET_SERVICE` in their environment, by which they are found.
+vLLM's engine and worker processes go on when their API server is killed, and keep their memory. They stay in its
+process group, which is written down in the file RECORD. (Their environment would tell nothing: they overwrite it with
+their titles.)
 """
 
 import os
 import sys
+from pathlib import Path
 
 import psutil
 
-MARK = "TAQ_FLEET_SERVICE"
 
-
-def end_leftovers(mark: str) -> list[int]:
-    """End every process of this user that carries the mark, but for this one.
+def end_leftovers(record: Path) -> list[int]:
+    """End vLLM's processes in the group that the file names.
 
     Returns:
         Their process ids.
     """
+    try:
+        group = int(record.read_text())
+    except (FileNotFoundError, ValueError):  # the first server in this place, or a file cut off by a kill
+        return []
     leftovers = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+            # The number may belong to others by now.
+            if os.getpgid(process.pid) == group and "vllm" in " ".join(process.cmdline()).lower():
                 process.kill()
                 leftovers.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        except (ProcessLookupError, psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     psutil.wait_procs(leftovers, timeout=10)
     return [process.pid for process in leftovers]
 
 
 if __name__ == "__main__":
-    ended = end_leftovers(os.environ[MARK])
-    if ended:
+    file = Path(sys.argv[1])
+    if ended := end_leftovers(file):
         print(f"ended what an earlier server has left: {', '.join(map(str, ended))}", flush=True)
-    os.execv(sys.argv[1], sys.argv[1:])
+    file.write_text(str(os.getpgrp()))
+    os.execv(sys.argv[2], sys.argv[2:])

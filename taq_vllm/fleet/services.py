@@ -14,22 +14,20 @@ _GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Service:
-    """One process that is kept running.
+class Address:
+    """Where a process listens.
 
     Attributes:
-        name: as `trivia-0`, or `endpoint`.
-        command: with its arguments.
-        environment: variables on top of those of the process that starts it.
-        port: on which it listens.
+        name: of the process, as `trivia-0`, or `endpoint`.
+        port: of loopback; the endpoint's may be reached from elsewhere too.
         task: the model's name in requests; None for the endpoint.
+        replica: of the task.
     """
 
     name: str
-    command: tuple[str, ...]
-    environment: Mapping[str, str]
     port: int
     task: str | None = None
+    replica: int = 0
 
     @property
     def url(self) -> str:
@@ -37,24 +35,49 @@ class Service:
         return f"http://127.0.0.1:{self.port}"
 
 
+@dataclass(frozen=True)
+class Service:
+    """A process that is kept running.
+
+    Attributes:
+        address: where it listens.
+        command: with its arguments.
+        environment: variables on top of those of the process that starts it.
+    """
+
+    address: Address
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+def addresses(fleet: Fleet) -> list[Address]:
+    """Of all processes, the endpoint last. The servers' ports follow the endpoint's."""
+    replicas = [(name, replica) for name, member in fleet.tasks.items() for replica in range(member.replicas)]
+    servers = [
+        Address(f"{name}-{replica}", fleet.port + 1 + place, name, replica)
+        for place, (name, replica) in enumerate(replicas)
+    ]
+    return [*servers, Address(ENDPOINT, fleet.port)]
+
+
 def services(fleet: Fleet, needs: Mapping[str, Need], device: Device) -> list[Service]:
-    """All processes, the endpoint last. Ports follow the endpoint's.
+    """All processes, in the order of `addresses`.
 
     Args:
         fleet: checked.
         needs: `memory.needs` of it.
         device: where it runs.
     """
-    found: list[Service] = []
-    for name, member in fleet.tasks.items():
-        for replica in range(member.replicas):
-            port = fleet.port + 1 + len(found)
-            environment = _environment(member, replica, needs[name], device, fleet.servers)
-            command = (*_serve(member, name, device), "--host", "127.0.0.1", "--port", str(port))
-            found.append(Service(f"{name}-{replica}", command, environment, port, name))
-    workers = [f"{service.task}={service.url}" for service in found]
+    *servers, endpoint = addresses(fleet)
+    found = []
+    for address in servers:
+        member = fleet.tasks[address.task]
+        environment = _environment(member, address.replica, needs[address.task], device, fleet.servers)
+        command = (*_serve(member, address.task, device), "--host", "127.0.0.1", "--port", str(address.port))
+        found.append(Service(address, command, environment))
+    workers = [f"{address.task}={address.url}" for address in servers]
     command = (sys.executable, "-m", "taq_vllm.fleet.endpoint", fleet.host, str(fleet.port), *workers)
-    return [*found, Service(ENDPOINT, command, {}, fleet.port)]
+    return [*found, Service(endpoint, command, {})]
 
 
 def serve_arguments(member: Member, task: str) -> tuple[str, ...]:
@@ -67,8 +90,7 @@ def serve_arguments(member: Member, task: str) -> tuple[str, ...]:
 def _serve(member: Member, task: str, device: Device) -> tuple[str, ...]:
     vllm = str(Path(sys.executable).parent / "vllm")
     share = ("--gpu-memory-utilization", f"{member.memory:g}") if device.kind == "cuda" else ()
-    command = (vllm, "serve", member.checkpoint, *serve_arguments(member, task), *share)
-    return (sys.executable, "-m", "taq_vllm.fleet.server", *command)
+    return (vllm, "serve", member.checkpoint, *serve_arguments(member, task), *share)
 
 
 def _environment(member: Member, replica: int, need: Need, device: Device, servers: int) -> dict[str, str]:

@@ -49,6 +49,15 @@ class Member(Record):
         return arguments
 
     @model_validator(mode="after")
+    def _on_a_line(self) -> "Member":
+        """What supervisor's configuration can hold."""
+        if any("\n" in text for text in (self.checkpoint, *self.arguments, *self.environment.values())):
+            raise ValueError("got a line break in the checkpoint, an argument or a variable; leave it out")
+        if any('"' in value for value in self.environment.values()):
+            raise ValueError('got a " in a variable; leave it out')
+        return self
+
+    @model_validator(mode="after")
     def _device_per_replica(self) -> "Member":
         if self.devices and len(self.devices) != self.replicas:
             raise ValueError(f"got {len(self.devices)} devices for {self.replicas} replicas; give one for each")
