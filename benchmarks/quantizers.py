@@ -8,10 +8,10 @@ interval by bootstrap over items (paired). Must hold: `gptq` or `learned` closes
 both models; for each of the two it is said whether the estimate does, and whether the interval's lower bound does.
 
 Time: two blocks of TinyLlama's shape with random weights; the same matrices, the same calibration tokens, one thread,
-a fresh process for each, in turn. For ours: reading the blocks, fitting, and the passes to the next block; for
-llm-compressor, which has the whole model loaded beforehand: `oneshot`. Must hold: no method takes more than twice of
-its counterpart's time (rtn: QuantizationModifier, clip: the same, which searches nothing; gptq: GPTQModifier; awq:
-AWQModifier; learned: AutoRoundModifier with as many steps).
+a fresh process for each, in turn. For ours: reading the blocks, fitting, packing, and the passes to the next block; for
+llm-compressor, which has the whole model loaded beforehand: `oneshot`, and packing in memory. Must hold: no method
+takes more than twice of its counterpart's time (rtn: QuantizationModifier; clip: the same with its search of ranges by
+importance, `imatrix_mse`; gptq: GPTQModifier; awq: AWQModifier; learned: AutoRoundModifier with as many steps).
 
     python -m benchmarks.quantizers --out benchmarks/results/quantizers-cpu.jsonl
     make peers-llmcompressor
