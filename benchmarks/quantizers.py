@@ -324,10 +324,11 @@ def render_time(lines: Sequence[dict[str, Any]]) -> Any:
 
     head = lines[0]
     table = Table(
-        title=f"{head['model']}, {head['tokens']} tokens, {head['dtype']}; {head['processor']}, 1 thread, commit "
-        f"{head['commit']}, llm-compressor {head['llmcompressor']}; CPU seconds, median (min-max)"
+        title=f"{head['model']}, {head['tokens']} tokens, {head['dtype']}; {head['processor']}, 1 thread, "
+        f"llm-compressor {head['llmcompressor']}; CPU seconds, median (min-max)"
     )
-    for column in ("method", "taq", "counterpart", "llm-compressor", f"ratio (at most {MOST_TIME:g})", "holds"):
+    ratio = f"ratio (at most {MOST_TIME:g})"
+    for column in ("method", "taq", "counterpart", "llm-compressor", ratio, "holds", "commit"):
         table.add_column(column, justify="left" if column in ("method", "counterpart") else "right")
 
     def spread(values: Sequence[float]) -> str:
@@ -341,6 +342,7 @@ def render_time(lines: Sequence[dict[str, Any]]) -> Any:
             spread(line["counterpart_cpu_seconds"]),
             spread(line["ratios"]),
             _yes(line["holds"]),
+            line["commit"],
         )
     return table
 
