@@ -8,10 +8,10 @@ interval by bootstrap over items (paired). Must hold: `gptq` or `learned` closes
 both models; for each of the two it is said whether the estimate does, and whether the interval's lower bound does.
 
 Time: two blocks of TinyLlama's shape with random weights; the same matrices, the same calibration tokens, one thread,
-a fresh process for each, in turn. For ours: reading the blocks, fitting, and the passes to the next block; for
-llm-compressor, which has the whole model loaded beforehand: `oneshot`. Must hold: no method takes more than twice of
-its counterpart's time (rtn: QuantizationModifier, clip: the same, which searches nothing; gptq: GPTQModifier; awq:
-AWQModifier; learned: AutoRoundModifier with as many steps).
+a fresh process for each, in turn. For ours: reading the blocks, fitting, packing, and the passes to the next block; for
+llm-compressor, which has the whole model loaded beforehand: `oneshot`, and packing in memory. Must hold: no method
+takes more than twice of its counterpart's time (rtn: QuantizationModifier; clip: the same with its search of ranges by
+importance, `imatrix_mse`; gptq: GPTQModifier; awq: AWQModifier; learned: AutoRoundModifier with as many steps).
 
     python -m benchmarks.quantizers --out benchmarks/results/quantizers-cpu.jsonl
     make peers-llmcompressor
@@ -324,10 +324,11 @@ def render_time(lines: Sequence[dict[str, Any]]) -> Any:
 
     head = lines[0]
     table = Table(
-        title=f"{head['model']}, {head['tokens']} tokens, {head['dtype']}; {head['processor']}, 1 thread, commit "
-        f"{head['commit']}, llm-compressor {head['llmcompressor']}; CPU seconds, median (min-max)"
+        title=f"{head['model']}, {head['tokens']} tokens, {head['dtype']}; {head['processor']}, 1 thread, "
+        f"llm-compressor {head['llmcompressor']}; CPU seconds, median (min-max)"
     )
-    for column in ("method", "taq", "counterpart", "llm-compressor", f"ratio (at most {MOST_TIME:g})", "holds"):
+    ratio = f"ratio (at most {MOST_TIME:g})"
+    for column in ("method", "taq", "counterpart", "llm-compressor", ratio, "holds", "commit"):
         table.add_column(column, justify="left" if column in ("method", "counterpart") else "right")
 
     def spread(values: Sequence[float]) -> str:
@@ -341,6 +342,7 @@ def render_time(lines: Sequence[dict[str, Any]]) -> Any:
             spread(line["counterpart_cpu_seconds"]),
             spread(line["ratios"]),
             _yes(line["holds"]),
+            line["commit"],
         )
     return table
 
