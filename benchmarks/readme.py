@@ -110,6 +110,15 @@ def planning_table(lines: list[Line]) -> str:
     return "**Cost of scoring** (`python -m benchmarks.planning`): " + _markdown(render(lines))
 
 
+def fleet_table(lines: list[Line]) -> str:
+    """Three models as one service."""
+    from benchmarks.fleet import render
+
+    table, *sentences = render(lines)
+    title = "**One service for three tasks** (`python -m benchmarks.fleet`): "
+    return "\n".join([title + _markdown(table), "", *(f"- {sentence}" for sentence in sentences)])
+
+
 def large_table(lines: list[Line]) -> str:
     """Models larger than what they may take in memory."""
     from benchmarks.large import render
@@ -190,6 +199,7 @@ SECTIONS: dict[str, Callable[[list[Line]], str]] = {
     "kernels-cpu-bf16.jsonl": kernels_table,
     "planning.jsonl": planning_table,
     "large-cpu.jsonl": large_table,
+    "fleet-cpu.jsonl": fleet_table,
 }
 
 

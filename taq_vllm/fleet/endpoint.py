@@ -20,6 +20,7 @@ from types import FrameType
 
 import httpx
 
+ROUTER = Path(sys.executable).parent / "vllm-router"
 _HEALTH_INTERVAL_S = 2
 _START_TIMEOUT_S = 60
 
@@ -27,7 +28,7 @@ _START_TIMEOUT_S = 60
 def router_command(host: str, port: int) -> list[str]:
     """Of vllm-router; its metrics are on a free port of loopback."""
     return [
-        str(Path(sys.executable).parent / "vllm-router"),
+        str(ROUTER),
         *("--host", host, "--port", str(port), "--enable-igw", "--policy", "power_of_two"),
         *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(_free_port())),
         *("--disable-retries", "--cb-timeout-duration-secs", str(_HEALTH_INTERVAL_S), "--cb-success-threshold", "1"),

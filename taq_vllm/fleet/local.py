@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 
 from taq_vllm.fleet import server
+from taq_vllm.fleet.endpoint import ROUTER
 from taq_vllm.fleet.services import ENDPOINT, Address, Service
 
 KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own
@@ -76,6 +77,8 @@ def up(
     Raises:
         ValueError: it is up already, a port is taken, or a process does not start: with the end of its log.
     """
+    if not ROUTER.is_file():
+        raise ValueError(f"no {ROUTER}: install what a fleet needs, `pip install 'taq-vllm[fleet]'`")
     if _supervisor(folder) is not None:
         raise ValueError(f"the fleet is up already ({folder}): see `taq fleet status`, or end it with `taq fleet down`")
     addresses = [service.address for service in services]
