@@ -50,7 +50,7 @@ def make_fleet(work: Path) -> Path:
     lines = [f"port: {_PORT}", "tasks:"]
     for task, edges in zip(TASKS, (0, 1, 2), strict=True):
         out = work / task
-        plan = allocate(files, baseline(files, "random"), Request("7bits", edges=edges))
+        plan = allocate(files, baseline(files, "random"), Request("7bits", edges=edges, edge_bits=8))
         quantize_model(files, plan, out, Calibration(method="rtn"))
         arguments = '[--max-model-len, "512", --enforce-eager]'
         lines.append(f"  {task}: {{checkpoint: {task}, memory: {_SHARE}, arguments: {arguments}}}")

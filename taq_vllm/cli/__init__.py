@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from taq_vllm import __version__
+from taq_vllm.cli.doctor import doctor
 from taq_vllm.cli.evaluate import compare, evaluate
 from taq_vllm.cli.fleet import fleet_app
 from taq_vllm.cli.plan import plan_app
@@ -30,6 +31,7 @@ app.command(name="eval")(evaluate)
 app.command()(compare)
 app.command()(specialize)
 app.command()(tune)
+app.command()(doctor)
 app.add_typer(scores, name="scores")
 app.add_typer(fleet_app, name="fleet")
 
