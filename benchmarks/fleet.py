@@ -34,7 +34,7 @@ PROMPTS = 4
 MAX_TOKENS = 24
 CLIENTS = 2
 _PORT = 18000
-_SHARE = 0.13  # 24 GB: 1 GiB of KV cache
+_SERVER_BYTES = 2_900_000_000  # the engine's own, 1 GiB of KV cache, and a little
 _LOAD_S = 120  # longer if the killed server is not back by then
 _PAUSE_S = 0.5  # of a client after an error
 
@@ -43,17 +43,18 @@ def make_fleet(work: Path) -> Path:
     """A plan of its own and a checkpoint for every task, and the file that serves them."""
     from taq_vllm.allocate import Request, allocate
     from taq_vllm.checkpoint import Calibration, quantize_model
+    from taq_vllm.fleet.memory import this_device
     from taq_vllm.model_files import ModelFiles
     from taq_vllm.scoring import baseline
 
-    files = ModelFiles(LAB / "model")
+    files, share = ModelFiles(LAB / "model"), _SERVER_BYTES / this_device().total_bytes
     lines = [f"port: {_PORT}", "tasks:"]
     for task, edges in zip(TASKS, (0, 1, 2), strict=True):
         out = work / task
         plan = allocate(files, baseline(files, "random"), Request("7bits", edges=edges, edge_bits=8))
         quantize_model(files, plan, out, Calibration(method="rtn"))
         arguments = '[--max-model-len, "512", --enforce-eager]'
-        lines.append(f"  {task}: {{checkpoint: {task}, memory: {_SHARE}, arguments: {arguments}}}")
+        lines.append(f"  {task}: {{checkpoint: {task}, memory: {share:.3f}, arguments: {arguments}}}")
     file = work / "fleet.yaml"
     file.write_text("\n".join(lines) + "\n")
     return file

@@ -706,7 +706,7 @@ def fit_blocks(
                     save(layer, tensors)
                     # Of several processes all go on with what the first has saved.
                     stored = tensors if world()[0] == 0 else load(layer)
-                    if block.unseen:
+                    if block.unseen and world()[0] == 0:
                         progress.say(_not_fitted(prefix, block))
                 if chains:
                     if calibration.inputs == "full":

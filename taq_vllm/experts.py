@@ -73,12 +73,12 @@ class Experts(nn.ModuleList):
         for index, expert in enumerate(self):
             if self._all:
                 self.tokens = torch.arange(len(states), device=states.device)
-                expert(states)
+                expert(states.view_as(states))  # a tensor of its own: experts do not read one together
                 continue
             self.tokens, place = (chosen == index).nonzero(as_tuple=True)
             if len(self.tokens):
                 part = expert(states[self.tokens]) * weights[self.tokens, place, None]
-                output = output.index_add(0, self.tokens, part.to(output.dtype))
+                output.index_add_(0, self.tokens, part.to(output.dtype))
         return output
 
 

@@ -42,7 +42,8 @@ class Block:
         batches: the calibration set; empty for methods that read none.
         hidden: hidden states entering the block.
         target: outputs of the full-precision block on the full-precision model's hidden states.
-        unseen: matrices whose inputs were asked for, and that had none here: experts to which no token was sent.
+        unseen: matrices whose inputs were asked for and that have none, in any process: experts to which no token is
+            sent.
     """
 
     module: nn.Module
@@ -91,7 +92,8 @@ class Block:
             ValueError: an input that is not finite.
         """
         is_token: Tensor | None = None
-        experts, unseen = experts_in(self.module), set(names)
+        experts = experts_in(self.module)
+        seen = dict.fromkeys(names, 0)
 
         def on_tokens(name: str, states: Tensor) -> None:
             inputs = states[is_token.flatten()[experts.tokens] if states.dim() == 2 else is_token]
@@ -100,7 +102,7 @@ class Block:
                     f"{name}: got activations that are not finite; check the model's weights with `taq verify`, or "
                     "run it in bfloat16"
                 )
-            unseen.discard(name)
+            seen[name] += len(inputs)
             function(name, inputs)
 
         with self._observed(names, on_tokens):
@@ -109,10 +111,12 @@ class Block:
                 self._run_until_seen(states)
         found = matrices_of(self.module)
         for name in names:
-            if name in unseen:
+            if not seen[name]:
                 weight = found[name].weight
                 function(name, weight.new_empty(0, weight.shape[1]))
-        self.unseen.update(unseen)
+        if experts is not None:
+            everywhere = total(torch.tensor([seen[name] for name in names], device=self.device))
+            self.unseen.update(name for name, count in zip(names, everywhere.tolist(), strict=True) if not count)
 
     def tokens(self) -> int:
         """Real tokens of the whole calibration set, over all processes."""

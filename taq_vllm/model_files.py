@@ -123,8 +123,11 @@ class ModelFiles:
                 f"{self.id} is a {architectures[0]}; supported are {', '.join(ARCHITECTURES)}. "
                 "Other architectures can be served by vLLM without a plan."
             )
-        if (cap := self.config.get("final_logit_softcapping")) is not None:
-            raise ValueError(f"{self.id} has final_logit_softcapping {cap}, which is not supported")
+        for name in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
+            if self.config.get(name):
+                raise ValueError(
+                    f"{self.id} has {name} {self.config[name]}, which is not supported; vLLM serves it without a plan"
+                )
         if "quantization_config" in self.config:
             method = self.config["quantization_config"].get("quant_method", "an unnamed method")
             raise ValueError(

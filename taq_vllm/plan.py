@@ -311,7 +311,7 @@ class Plan(Record):
         Raises:
             ValueError: a matrix has bits outside `BITS_MENU`, or the experts of a block have not all the same.
         """
-        of_experts: dict[str, tuple[int, bool]] = {}
+        of_experts: dict[str, str] = {}
         for name, matrix in self.matrices.items():
             if matrix.bits not in BITS_MENU:
                 raise ValueError(
@@ -319,13 +319,12 @@ class Plan(Record):
                     f"are {', '.join(map(str, BITS_MENU))}: make the plan with `taq plan --menu 4,8,16`"
                 )
             experts = experts_of(name)
-            if experts and of_experts.setdefault(experts, (matrix.bits, matrix.symmetric)) != (
-                matrix.bits,
-                matrix.symmetric,
-            ):
+            form = f"{matrix.bits} bits, {'' if matrix.symmetric else 'a'}symmetric"
+            if experts and of_experts.setdefault(experts, form) != form:
                 raise ValueError(
-                    f"{where}: {name} has {matrix.bits} bits, other matrices of {experts} have "
-                    f"{of_experts[experts][0]}; all experts of a block have one format, in which one kernel runs them"
+                    f"{where}: {name} has {form}, and others of {experts} have {of_experts[experts]}; all experts of a "
+                    "block have one format, in which one kernel runs them: give them the same, as with --pin "
+                    "'re:.*experts.*=4'"
                 )
 
     def check_fits(

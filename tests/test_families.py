@@ -122,7 +122,9 @@ def test_family_is_specialized_and_served_as_transformers_reads_it(name, tmp_pat
     # Of a quantized mixture transformers 5.19 reads no expert, not even one in 16 bits: it reports them as missing.
     twin = dequantized(tmp_path / "out", tmp_path / "twin") if is_mixture else tmp_path / "out"
     dtype = torch.float32 if is_mixture else "auto"
-    assert_agrees(AutoModelForCausalLM.from_pretrained(twin, dtype=dtype), tokens, logprobs)
+    # In float32 only the order of sums is left.
+    bounds = {"mean": 1e-3, "tie": 1e-3} if is_mixture else {}
+    assert_agrees(AutoModelForCausalLM.from_pretrained(twin, dtype=dtype), tokens, logprobs, **bounds)
     # The bound tells the quantized model from the one that it was made from.
     full, _ = reference(model)
     difference = torch.cat([(a - b).abs() for a, b in zip(logprobs, full, strict=True)]).mean()
@@ -141,7 +143,8 @@ def test_experts_of_a_block_have_one_bitwidth_and_stay_near_the_model_that_they_
     rounded, _ = reference(dequantized(tmp_path / "out", tmp_path / "dequantized"))
     differences = torch.cat([(a - b).abs() for a, b in zip(rounded, full, strict=True)])
     assert differences.mean() > MEAN_DIFFERENCE
-    # With each expert's weights given to its neighbour nothing of the model is left.
+    # With each expert's weights given to its neighbour nothing of the model is left. Rounding to 4 bits moves
+    # log-probabilities of these models by a tenth of their spread, which is what another model differs by.
     tensors = load_file(tmp_path / "dequantized" / "model.safetensors")
     neighbours = {re.sub(r"experts\.(\d)", lambda m: f"experts.{(int(m[1]) + 1) % 8}", n): tensors[n] for n in tensors}
     save_file(neighbours, tmp_path / "dequantized" / "model.safetensors", {"format": "pt"})
@@ -150,10 +153,10 @@ def test_experts_of_a_block_have_one_bitwidth_and_stay_near_the_model_that_they_
 
 
 def test_quantized_experts_are_refused_by_name_where_vllm_has_no_kernel_for_them(tmp_path):
+    if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported():
+        pytest.skip("this machine has a GPU or AMX instructions, on which vLLM's 4-bit experts run")
     model = make_family("Qwen3-30B-A3B", tmp_path / "model")
-    specialized(model, tmp_path / "out")
-    if torch.cpu._is_amx_tile_supported():
-        pytest.skip("this CPU has AMX instructions, which vLLM's 4-bit experts run on")
+    specialized(model, tmp_path / "out", pins=("re:.*experts.*=4",), symmetric={4: True})
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts: vLLM has no kernel on this device"):
         serve(tmp_path / "out")
 
@@ -168,11 +171,14 @@ def test_vllm_loads_the_codes_of_quantized_experts_as_they_were_written(tmp_path
     )
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # as vLLM's CPU worker does
     config = EngineArgs(str(tmp_path / "out"), quantization="taq", enforce_eager=True).create_engine_config()
-    with set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{tmp_path / 'store'}", local_rank=0, backend="gloo")
-        initialize_model_parallel(1, 1)
-        loaded = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
-    cleanup_dist_env_and_memory()
+    try:
+        with set_current_vllm_config(config):
+            init_distributed_environment(1, 0, f"file://{tmp_path / 'store'}", local_rank=0, backend="gloo")
+            initialize_model_parallel(1, 1)
+            loader = get_model_loader(config.load_config)
+            loaded = loader.load_model(vllm_config=config, model_config=config.model_config)
+    finally:
+        cleanup_dist_env_and_memory()
     files, modules = ModelFiles(tmp_path / "out"), dict(loaded.named_modules())
     for layer in range(2):
         prefix = f"model.layers.{layer}.mlp.experts"

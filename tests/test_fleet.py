@@ -15,18 +15,20 @@ from pathlib import Path
 
 import httpx
 import kubernetes_validate
+import psutil
 import pytest
 import yaml
 from tiny_models import make_tiny
 
 from taq_vllm.checkpoint import Calibration, quantize_model
-from taq_vllm.fleet import local, memory, render, server
+from taq_vllm.fleet import launcher, local, memory, render
 from taq_vllm.fleet.services import Service, addresses, services
 from taq_vllm.fleet.spec import Fleet, load_fleet
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import Plan
 
 GIB = 1 << 30
+KEY = "a-key-that-is-nowhere-else"
 CPU = memory.Device("cpu", "this machine", 24 * GIB, 18 * GIB, 4)
 GPU = memory.Device("cuda", "NVIDIA H200", 140 * GIB, 139 * GIB, 16)
 
@@ -106,6 +108,18 @@ class TestSpec:
             ({"tasks": {"a": {"checkpoint": "x", "memory": 0.5, "port": 1}}}, "Extra inputs"),
             ({"tasks": {"a": {"checkpoint": "x", "memory": 0.5, "arguments": ["--port", "1"]}}}, "--port, which the"),
             ({"tasks": {"a": {"checkpoint": "x", "memory": 0.5, "replicas": 2, "devices": ["0"]}}}, "1 devices for 2"),
+            (
+                {"tasks": {"a": {"checkpoint": "x", "memory": 0.5, "arguments": ["--gpu_memory_utilization=1"]}}},
+                "itself",
+            ),
+            (
+                {"tasks": {"a": {"checkpoint": "x", "memory": 0.5, "arguments": ["--max-model-len", "big"]}}},
+                "or 4K",
+            ),
+            ({"tasks": {"a": {"checkpoint": "x", "memory": 1, "devices": ["0"], "arguments": ["-tp", "2"]}}}, "2 GPUs"),
+            ({"tasks": {"endpoint": {"checkpoint": "x", "memory": 0.5}}}, "name it otherwise"),
+            ({"host": "::1", "tasks": {"a": {"checkpoint": "x", "memory": 0.5}}}, "IPv4"),
+            ({"port": 65535, "tasks": {"a": {"checkpoint": "x", "memory": 0.5}}}, "give a smaller"),
         ],
     )
     def test_what_cannot_be_is_refused_by_field(self, tmp_path, content, said):
@@ -118,11 +132,13 @@ class TestSpec:
         ):
             load_fleet(tmp_path / "fleet.yaml")
 
-    def test_a_servers_argument_is_found_in_both_spellings(self):
-        member = fleet_of(a={"checkpoint": "x", "memory": 0.5, "arguments": ["--dtype=half", "--max-model-len", "9"]})
-        assert member.tasks["a"].argument("--dtype") == "half"
-        assert member.tasks["a"].argument("--max-model-len") == "9"
-        assert member.tasks["a"].argument("--seed") is None
+    def test_a_servers_argument_is_found_in_every_spelling_of_vllm(self):
+        arguments = ["--dtype=half", "--max_model_len", "4k", "-tp", "2"]
+        member = fleet_of(a={"checkpoint": "x", "memory": 0.5, "arguments": arguments}).tasks["a"]
+        assert member.argument("dtype") == "half"
+        assert member.number("max-model-len") == 4000
+        assert member.gpus == 2
+        assert member.argument("seed") is None
 
 
 class TestMemory:
@@ -151,10 +167,20 @@ class TestMemory:
         with pytest.raises(ValueError, match=r"the fleet needs .*: 1 x a .*, 2 x b .*; free are"):
             memory.needs(fleet_of(a=member, b=member | {"replicas": 2}), CPU)
         # On GPUs of their own they do.
-        two = member | {"memory": 0.8}
-        memory.needs(fleet_of(a=two | {"devices": ["0"]}, b=two | {"devices": ["1"]}), GPU)
-        with pytest.raises(ValueError, match=r"the fleet needs .* \(0\)"):
-            memory.needs(fleet_of(a=two | {"devices": ["0"]}, b=two | {"devices": ["0"]}), GPU)
+        most = member | {"memory": 0.8}
+        memory.needs(fleet_of(a=most | {"devices": ["0"]}, b=most | {"devices": ["1"]}), GPU)
+        two = most | {"devices": ["0,1"], "arguments": ["-tp", "2"]}
+        for other in (most, most | {"devices": ["0"]}, two):
+            with pytest.raises(ValueError, match=r"the fleet needs .* of GPU 0"):
+                memory.needs(fleet_of(a=two, b=other), GPU)
+
+    def test_two_gpus_share_weights_and_cache_of_a_server(self, model):
+        one = {"checkpoint": str(model), "memory": 0.8}
+        whole = memory.needs(fleet_of(a=one), GPU)["a"]
+        half = memory.needs(fleet_of(a=one | {"arguments": ["--tensor-parallel-size=2"]}), GPU)["a"]
+        assert (half.weight_bytes, half.token_bytes) == (whole.weight_bytes // 2, whole.token_bytes // 2)
+        fp8 = memory.needs(fleet_of(a=one | {"arguments": ["--kv-cache-dtype", "fp8"]}), GPU)["a"]
+        assert fp8.token_bytes == whole.token_bytes // 2
 
 
 def test_servers_get_their_share_their_cores_and_ports_of_loopback(model):
@@ -184,7 +210,7 @@ def fake_services(fleet, folder):
     return [*fakes, Service(endpoint, front, {})]
 
 
-def ask(fleet, task, key="secret"):
+def ask(fleet, task, key=KEY):
     headers = {"authorization": f"Bearer {key}"}
     body = {"model": task, "prompt": "x"}
     return httpx.post(f"http://127.0.0.1:{fleet.port}/v1/completions", json=body, headers=headers, timeout=20)
@@ -202,8 +228,8 @@ def running(tmp_path_factory):
     folder = tmp_path_factory.mktemp("f") / "with a space"
     fleet = fleet_of(a={"checkpoint": "x", "memory": 0.1, "replicas": 2}, b={"checkpoint": "x", "memory": 0.1})
     said = []
-    local.up(folder, fake_services(fleet, folder.parent), "secret", said.append, timeout_s=60)
-    assert len(said) == 4
+    local.up(folder, fake_services(fleet, folder.parent), KEY, said.append, timeout_s=60)
+    assert len(said) == len(addresses(fleet))
     yield fleet, folder
     local.down(folder)
     assert not any(local._answers(address) for address in addresses(fleet))
@@ -223,10 +249,11 @@ class TestRunning:
     def test_a_wrong_key_is_refused_and_the_key_is_in_no_file_and_no_argument(self, running):
         fleet, folder = running
         assert ask(fleet, "a", key="wrong").status_code == 401
-        assert not any(b"secret" in file.read_bytes() for file in folder.iterdir() if file.is_file())
-        commands = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-        assert "fleet.endpoint" in commands
-        assert "Bearer secret" not in commands
+        assert not any(KEY.encode() in file.read_bytes() for file in folder.iterdir() if file.is_file())
+        states = local.status(folder, addresses(fleet))
+        commands = [" ".join(psutil.Process(state.pid).cmdline()) for state in states]
+        assert "fake_server.py" in commands[0]
+        assert not any(KEY in command for command in commands)
 
     def test_the_endpoint_lists_the_tasks(self, running):
         listed = httpx.get(f"http://127.0.0.1:{running[0].port}/v1/models").json()
@@ -249,27 +276,30 @@ class TestRunning:
         assert ask(fleet, "a").status_code == 200
         assert {state.name: state.pid for state in local.status(folder, addresses(fleet))}["b-0"] != states["b-0"].pid
 
-    def test_one_of_two_replicas_answers_for_both(self, running):
+    def test_one_of_two_replicas_answers_for_both_while_the_other_is_away(self, running):
         fleet, folder = running
-        states = {state.name: state for state in local.status(folder, addresses(fleet))}
-        os.kill(states["a-1"].pid, signal.SIGSTOP)
-        os.kill(states["a-1"].pid, signal.SIGKILL)
+        local._running(folder).stopProcess("a-1")
         found = []
-        wait_for(lambda: found.append(ask(fleet, "a").status_code) or found[-3:] == [200] * 3)
+        wait_for(lambda: found.append(ask(fleet, "a").status_code) or found[-5:] == [200] * 5, timeout_s=15)
+        pids = {ask(fleet, "a").json()["choices"][0]["text"] for _ in range(5)}
+        assert len(pids) == 1
+        local._running(folder).startProcess("a-1")
 
-    def test_a_killed_router_comes_back_and_knows_the_servers(self, running):
+    @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+    def test_an_ended_endpoint_comes_back_and_knows_the_servers(self, running, sign):
         fleet, folder = running
         states = {state.name: state for state in local.status(folder, addresses(fleet))}
-        os.kill(states["endpoint"].pid, signal.SIGTERM)
+        os.kill(states["endpoint"].pid, sign)
 
-        def answers():
+        def is_back():
             try:
-                return ask(fleet, "a").status_code == ask(fleet, "b").status_code == 200
+                now = {state.name: state.pid for state in local.status(folder, addresses(fleet))}
+                found = [ask(fleet, task).status_code for task in ("a", "b")]
             except httpx.HTTPError:
                 return False
+            return found == [200, 200] and now["endpoint"] not in (0, states["endpoint"].pid)
 
-        wait_for(lambda: not answers())
-        wait_for(answers)
+        wait_for(is_back, timeout_s=60)
 
     def test_it_is_not_started_twice_and_a_changed_file_is_noticed(self, running):
         fleet, folder = running
@@ -291,7 +321,7 @@ def test_a_server_that_does_not_start_ends_the_others_and_shows_its_log(tmp_path
     assert not any(local._answers(address) for address in addresses(fleet))
 
 
-@pytest.mark.parametrize(("folder", "said"), [("100%", "with a %"), ("long" * 40, "shorter path")])
+@pytest.mark.parametrize(("folder", "said"), [("100%", "cannot have %"), ("long" * 40, "shorter path")])
 def test_a_folder_that_supervisor_cannot_use_is_named(tmp_path, folder, said):
     fleet = fleet_of(a={"checkpoint": "x", "memory": 0.1})
     with pytest.raises(ValueError, match=said):
@@ -308,19 +338,21 @@ def test_a_taken_port_is_named(tmp_path):
 
 
 def test_a_new_server_ends_what_a_killed_one_has_left(tmp_path):
-    code = (
-        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)  # vllm'])"
-    )
-    leader = subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(600)"], start_new_session=True)
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)  # vllm"], start_new_session=True)
-    record = tmp_path / "a-0.group"
-    record.write_text(str(leader.pid))
+    engine = [sys.executable, "-c", "import time; time.sleep(600)  # as vllm's"]
+    code = f"import subprocess, time; subprocess.Popen({engine!r}); time.sleep(600)"
+    leader = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    other = subprocess.Popen(engine, start_new_session=True)
+    record = launcher.record_of(tmp_path / "a-0.json")
+    record.write_text(json.dumps([leader.pid, 5.0]))
     time.sleep(1)
     leader.kill()
     leader.wait()
-    assert len(server.end_leftovers(record)) == 1
-    assert server.end_leftovers(record) == []
-    assert server.end_leftovers(tmp_path / "none") == []
+    assert launcher.end_leftovers(record, 6.0) == []  # of another supervisor
+    assert len(launcher.end_leftovers(record, 5.0)) == 1
+    assert launcher.end_leftovers(record, 5.0) == []
+    record.write_text(json.dumps([os.getpgrp(), 5.0]))
+    assert launcher.end_leftovers(record, 5.0) == []
+    assert launcher.end_leftovers(tmp_path / "none", 5.0) == []
     assert other.poll() is None
     other.kill()
 
@@ -345,12 +377,12 @@ class TestRender:
         with pytest.raises(ValueError, match="--volume-claim"):
             render.kubernetes(fleet_of(a={"checkpoint": str(model), "memory": 0.3}), "me/taq:1", None)
         with pytest.raises(ValueError, match="Kubernetes Service"):
-            render.kubernetes(fleet_of(A={"checkpoint": str(model), "memory": 0.3}), "me/taq:1", "models")
+            render.kubernetes(fleet_of(**{"7b": {"checkpoint": str(model), "memory": 0.3}}), "me/taq:1", "models")
 
     def test_vllm_takes_the_engine_arguments_of_the_ray_configuration(self, model):
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        arguments = ["--max-model-len", "64", "--enforce-eager", "--no-enable-prefix-caching", "--seed=3"]
+        arguments = ["--max-model-len", "64", "--enforce-eager", "-tp", "2", "--no-enable-prefix-caching", "--seed=3"]
         fleet = fleet_of(a={"checkpoint": str(model), "memory": 0.3, "arguments": arguments})
         (application,) = yaml.safe_load(render.ray_serve(fleet))["applications"]
         (config,) = application["args"]["llm_configs"]
@@ -361,13 +393,6 @@ class TestRender:
             False,
             3,
         )
-
-    def test_ray_takes_the_configuration(self, model):
-        pytest.importorskip("ray.serve", reason="needs ray[serve], which is not a dependency")
-        from ray.serve.schema import ServeDeploySchema
-
-        fleet = fleet_of(a={"checkpoint": str(model), "memory": 0.3})
-        ServeDeploySchema.model_validate(yaml.safe_load(render.ray_serve(fleet)))
 
 
 def test_a_dry_run_prints_what_fits_and_starts_nothing(model, tmp_path, monkeypatch, capsys):

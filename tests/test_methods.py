@@ -322,6 +322,57 @@ def test_matrices_that_read_one_tensor_are_found_by_running_the_block(uneven, ar
         assert groups == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
 
 
+def test_every_expert_is_fitted_to_the_tokens_that_the_router_sends_it(tmp_path):
+    """Against transformers' own experts, whose inputs are looked at where they are called."""
+    files = ModelFiles(make_tiny("qwen3_moe", tmp_path / "mixture", torch.float32, num_hidden_layers=1))
+    model = StreamedModel(files, "cpu")
+    batches = make_batches(sequences(), 2)
+    with model.block(0) as module:
+        block = real_block(model, module, 0, lambda name: 4, batches, model.embed(batches))
+        groups = [tuple(name.rpartition("experts.")[2] for name in names) for names in block.groups()]
+        assert groups[2:] == [
+            names for i in range(8) for names in ((f"{i}.gate_proj", f"{i}.up_proj"), (f"{i}.down_proj",))
+        ]
+        energy = block.energy()
+        moments = gptq.sum_outer_products(block, [f"mlp.experts.{i}.gate_proj" for i in range(8)])
+        together = gptq._looked_at_together(block)
+        assert [len(found) for found in together] == [1, 1, 8, 8]
+    reference = AutoModelForCausalLM.from_pretrained(files.path, dtype=model.compute_dtype)
+    inputs, chosen = [], []
+
+    def look(module, given):
+        inputs.append(given[0])
+        chosen.append(given[1])
+
+    reference.model.layers[0].mlp.experts.register_forward_pre_hook(look)
+    for sequence in sequences():
+        reference(torch.tensor([sequence.input_ids]))
+    states, picked = torch.cat(inputs).float(), torch.cat(chosen)
+    tokens = len(states)
+    for index in range(8):
+        sent = states[(picked == index).any(1)]
+        name = f"mlp.experts.{index}.gate_proj"
+        expected = sent.T @ sent / tokens
+        # Sums of a few hundred products in another order.
+        assert torch.allclose(moments[name], expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+        assert torch.allclose(energy[name].float(), expected.diagonal(), rtol=1e-3)
+
+
+def test_experts_to_which_no_token_is_sent_are_rounded_to_nearest_and_named(tmp_path):
+    files = ModelFiles(make_tiny("qwen3_moe", tmp_path / "mixture", num_hidden_layers=1))
+    model = StreamedModel(files, "cpu")
+    batches = make_batches([TokenizedExample([5, 6], 2)], 2)
+    for method in ("gptq", "clip", "awq", "learned"):
+        with model.block(0) as module:
+            block = real_block(model, module, 0, lambda name: 4, batches, model.embed(batches))
+            weights = {name: matrix.weight.clone() for name, matrix in block.matrices.items()}
+            found = method_named(method).fit_block(block, settings_of(method, SETTINGS.get(method, {})))
+            unseen = {name for name in block.unseen if name.endswith("down_proj")}
+            assert 4 <= len(unseen) < 8  # two tokens, two experts each
+            for name in unseen:
+                assert torch.equal(found[name].codes, quantize(weights[name], 4, False).codes), (method, name)
+
+
 # Whole checkpoints.
 
 

@@ -99,7 +99,7 @@ def test_a_model_that_is_not_there_is_a_clear_error(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"final_logit_softcapping": 30.0}, "has final_logit_softcapping 30.0, which is not supported"),
+        ({"final_logit_softcapping": 30.0}, "has final_logit_softcapping 30.0, which is not"),
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; supported are Gemma3ForCausalLM, Llama"),
         ({"quantization_config": {"quant_method": "awq"}}, r"already quantized \(awq\)"),
     ],

@@ -151,27 +151,32 @@ def test_seeded_samples_do_not_depend_on_the_batch(checkpoint):
     assert [part.text for part in alone[0].outputs] == [part.text for part in together[0].outputs]
 
 
-@pytest.mark.feature("sleep mode", "the platform offers it")
+@pytest.mark.feature("sleep mode", "same texts after sleep and wake_up")
 def test_sleep_is_what_the_platform_makes_of_it(checkpoint, plain):
-    with lab_engine(checkpoint) as llm:
-        if not torch.cuda.is_available():
-            llm.sleep(1)
-            llm.wake_up()
-            assert texts(ask(llm)) == plain[0]
-            pytest.skip("vLLM's CPU worker ignores sleep and wake_up, with a warning")
-    with lab_engine(checkpoint, enable_sleep_mode=True) as llm:
+    on_gpu = torch.cuda.is_available()
+    with lab_engine(checkpoint, enable_sleep_mode=on_gpu) as llm:
         llm.sleep(1)
         llm.wake_up()
         assert texts(ask(llm)) == plain[0]
+    if not on_gpu:
+        pytest.skip("vLLM's CPU worker ignores sleep and wake_up, with a warning")
 
 
+@pytest.mark.engine
 @pytest.mark.feature("pipeline parallel 2", "same texts")
-def test_two_stages_give_the_same_texts(checkpoint):
+def test_two_stages_give_the_same_texts(checkpoint, plain, tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("vLLM 0.32's CPU engine fails with two stages for any model (intermediate_tensors is None)")
-    pytest.skip("needs two GPUs") if torch.cuda.device_count() < 2 else None
-    with lab_engine(checkpoint, pipeline_parallel_size=2) as llm:
-        assert all(texts(ask(llm)))
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    code = f"""
+        import json
+        from test_server_features import ask, lab_engine, texts
+        with lab_engine({str(checkpoint)!r}, pipeline_parallel_size=2) as llm:
+            open({str(tmp_path / "out.json")!r}, "w").write(json.dumps(texts(ask(llm))))
+    """
+    in_a_process(code, tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert json.loads((tmp_path / "out.json").read_text()) == plain[0]
 
 
 @pytest.mark.engine

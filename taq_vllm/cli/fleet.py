@@ -51,8 +51,8 @@ def up(
         example = {"model": next(iter(fleet.tasks)), "prompt": "...", "max_tokens": 64}
         key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if api_key else ""
         out.print(
-            f"ask it: curl http://{fleet.host}:{fleet.port}/v1/completions{key} -H 'content-type: application/json' "
-            f"-d '{json.dumps(example)}'",
+            f"ask it: curl http://{fleet.local_host}:{fleet.port}/v1/completions{key} "
+            f"-H 'content-type: application/json' -d '{json.dumps(example)}'",
             highlight=False,
             soft_wrap=True,
         )

@@ -15,18 +15,19 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import FrameType
 
 import httpx
 
-ROUTER = Path(sys.executable).parent / "vllm-router"
+from taq_vllm.fleet.services import SCRIPTS
+
+ROUTER = SCRIPTS / "vllm-router"
 _HEALTH_INTERVAL_S = 2
 _START_TIMEOUT_S = 60
 
 
 def router_command(host: str, port: int) -> list[str]:
-    """Of vllm-router; its metrics are on a free port of loopback."""
+    """How vllm-router is started; its metrics are on a free port of loopback."""
     return [
         str(ROUTER),
         *("--host", host, "--port", str(port), "--enable-igw", "--policy", "power_of_two"),
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    local = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    local = "127.0.0.1" if host == "0.0.0.0" else host
     try:
         _register(f"http://{local}:{port}", workers, router)
         return router.wait()

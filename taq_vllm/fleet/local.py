@@ -1,12 +1,15 @@
 """A fleet on this machine: supervisor keeps its processes running, and starts those again that end.
 
-`up` writes supervisor's configuration into a folder beside `fleet.yaml` (`fleet.run/`, with every process's log),
-starts it in the background and waits until all servers answer. `status` and `down` talk to it through a socket in that
-folder that only this user can open. The key for the API, if there is one, is in the processes' environment
-(`VLLM_API_KEY`), never in a file or an argument.
+`up` writes supervisor's configuration into a folder beside `fleet.yaml` (`fleet.run/`, with every process's command and
+log), starts it in the background, and then the servers, one after another: vLLM measures what is free when it starts,
+and others that start with it would falsify that. `status` and `down` talk to supervisor through a socket in that folder
+that only this user can open. The key for the API, if there is one, is passed on in the processes' environment
+(`VLLM_API_KEY`), in no file and no argument.
 """
 
 import configparser
+import contextlib
+import json
 import os
 import shlex
 import socket
@@ -20,13 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
-from taq_vllm.fleet import server
+from taq_vllm.fleet import launcher
 from taq_vllm.fleet.endpoint import ROUTER
-from taq_vllm.fleet.services import ENDPOINT, Address, Service
+from taq_vllm.fleet.services import Address, Service
+from taq_vllm.fleet.spec import ENDPOINT
 
 KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own
-START_TIMEOUT_S = 900
+START_TIMEOUT_S = 1800
+STOP_TIMEOUT_S = 120
 _STABLE_S = 20  # a process that ends sooner has failed to start
 _RETRIES = 3
 _POLL_S = 1.0
@@ -85,46 +91,52 @@ def up(
     _check_ports(addresses)
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
+    for service in services:
+        content = {"command": service.command, "environment": dict(service.environment)}
+        _file(folder, service.address).write_text(json.dumps(content, indent=2), encoding="utf-8")
     configuration = folder / "supervisord.conf"
     with configuration.open("w", encoding="utf-8") as file:
-        _configuration(folder, services).write(file)
+        _configuration(folder, addresses).write(file)
     environment = dict(os.environ) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONUNBUFFERED": "1"}
     environment.pop(KEY_VARIABLE, None)
     if api_key:
         environment[KEY_VARIABLE] = api_key
-    subprocess.run(
-        [sys.executable, "-m", "supervisor.supervisord", "-c", str(configuration)], env=environment, check=True
-    )
+    command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(configuration)]
+    started = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if started.returncode:
+        raise ValueError(f"supervisor did not start: {started.stdout}{started.stderr}")
     deadline = time.monotonic() + timeout_s
     while _supervisor(folder) is None and time.monotonic() < deadline:
         time.sleep(0.1)
     try:
-        _wait_until_all_answer(folder, addresses, deadline, say)
+        for address in addresses:
+            _start(folder, address, deadline, say)
+        while not _router_sees_all(addresses):
+            if time.monotonic() > deadline:
+                raise ValueError(f"the router does not find all servers in time; see the logs in {folder}")
+            time.sleep(_POLL_S)
     except BaseException:
-        down(folder)
+        with contextlib.suppress(ValueError):  # the first error says why
+            down(folder)
         raise
 
 
-def _wait_until_all_answer(
-    folder: Path, addresses: Sequence[Address], deadline: float, say: Callable[[str], None]
-) -> None:
-    waiting = {address.name: address for address in addresses}
-    pids: dict[str, int] = {}
-    while waiting or not _router_sees_all(addresses):
-        for state in status(folder, addresses):
-            if state.name not in waiting:
-                continue
-            # Another process than the first has taken its place: that one ended before it ever answered.
-            has_failed = state.state in ("FATAL", "BACKOFF") or pids.setdefault(state.name, state.pid) != state.pid
-            if state.healthy:
-                say(f"{state.name} answers on {waiting.pop(state.name).url} after {state.seconds:.0f} s")
-            elif has_failed:
-                raise ValueError(
-                    f"{state.name} did not start; the end of {folder / f'{state.name}.log'}:\n"
-                    f"{_log_tail(folder, state.name)}"
-                )
-        if time.monotonic() > deadline:
-            raise ValueError(f"{', '.join(waiting) or 'the router'} does not answer in time; see the logs in {folder}")
+def _start(folder: Path, address: Address, deadline: float, say: Callable[[str], None]) -> None:
+    _running(folder).startProcess(address.name, False)
+    pid = None
+    while True:
+        (state,) = status(folder, [address])
+        pid = pid or state.pid
+        if state.healthy:
+            say(f"{address.name} answers on {address.url} after {state.seconds:.0f} s")
+            return
+        # Another process than the first has taken its place: that one ended before it ever answered.
+        has_failed = state.state in ("FATAL", "BACKOFF", "EXITED") or state.pid not in (0, pid)
+        if has_failed or time.monotonic() > deadline:
+            raise ValueError(
+                f"{address.name} {'did not start' if has_failed else 'does not answer in time'}; the end of "
+                f"{folder / f'{address.name}.log'}:\n{_log_tail(folder, address.name)}"
+            )
         time.sleep(_POLL_S)
 
 
@@ -152,19 +164,26 @@ def status(folder: Path, addresses: Sequence[Address]) -> list[State]:
 
 
 def down(folder: Path) -> None:
-    """End all processes and wait until they have ended.
+    """End all processes, also what killed ones have left, and wait until they have ended.
 
     Raises:
-        ValueError: the fleet is not up.
+        ValueError: the fleet is not up, or does not end.
     """
-    supervisor = _running(folder)
-    pid = supervisor.getPID()
-    supervisor.shutdown()
-    while _is_alive(pid):
+    supervisor = psutil.Process(_running(folder).getPID())
+    started = supervisor.create_time()
+    _running(folder).shutdown()
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    # A process that has ended stays as a zombie where nobody waits for it, as in some containers.
+    while supervisor.is_running() and supervisor.status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > deadline:
+            raise ValueError(f"supervisor (pid {supervisor.pid}) does not end; see {folder / 'supervisord.log'}")
         time.sleep(0.2)
+    for record in folder.glob("*.group"):
+        launcher.end_leftovers(record, started)
+        record.unlink()
 
 
-def _configuration(folder: Path, services: Sequence[Service]) -> configparser.RawConfigParser:
+def _configuration(folder: Path, addresses: Sequence[Address]) -> configparser.RawConfigParser:
     sections: dict[str, dict[str, str]] = {
         "unix_http_server": {"file": str(_socket(folder)), "chmod": "0700"},
         "supervisord": {
@@ -177,12 +196,11 @@ def _configuration(folder: Path, services: Sequence[Service]) -> configparser.Ra
             "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
         },
     }
-    for service in services:
-        name = service.address.name
-        launcher = [sys.executable, "-m", server.__name__, str(folder / f"{name}.group")]
-        sections[f"program:{name}"] = {
-            "command": shlex.join([*launcher, *service.command]),
-            "environment": ",".join(f'{key}="{value}"' for key, value in service.environment.items()),
+    for address in addresses:
+        command = [sys.executable, "-m", launcher.__name__, str(_file(folder, address))]
+        sections[f"program:{address.name}"] = {
+            "command": shlex.join(command),
+            "autostart": "false",
             "autorestart": "true",
             "startsecs": str(_STABLE_S),
             "startretries": str(_RETRIES),
@@ -190,23 +208,26 @@ def _configuration(folder: Path, services: Sequence[Service]) -> configparser.Ra
             "killasgroup": "true",
             "stopwaitsecs": "30",
             "redirect_stderr": "true",
-            "stdout_logfile": str(folder / f"{name}.log"),
+            "stdout_logfile": str(folder / f"{address.name}.log"),
             "stdout_logfile_maxbytes": "20MB",
             "stdout_logfile_backups": "2",
         }
     parser = configparser.RawConfigParser()
-    for section, values in sections.items():
-        # supervisor reads % as the beginning of a variable.
-        parser[section] = {name: value.replace("%", "%%") for name, value in values.items()}
+    parser.read_dict(sections)
     return parser
+
+
+def _file(folder: Path, address: Address) -> Path:
+    """What the launcher reads."""
+    return folder / f"{address.name}.json"
 
 
 def _socket(folder: Path) -> Path:
     path = folder / "supervisor.sock"
     if len(str(path)) > _LONGEST_SOCKET:
         raise ValueError(f"{path} is too long for a socket: keep fleet.yaml in a folder with a shorter path")
-    if "%" in str(path):
-        raise ValueError(f"{path}: supervisor cannot keep logs under a path with a %: keep fleet.yaml somewhere else")
+    if set("%;#'\"") & set(str(path)):
+        raise ValueError(f"{path}: supervisor's files cannot have % ; # or quotes in their path: move fleet.yaml")
     return path
 
 
@@ -240,8 +261,11 @@ def _answers(address: Address) -> bool:
 def _router_sees_all(addresses: Sequence[Address]) -> bool:
     """Whether the router, which asks for their health now and then, sends requests to all servers."""
     *servers, endpoint = addresses
-    stats = httpx.get(f"{endpoint.url}/workers", timeout=5, trust_env=False).raise_for_status().json()["stats"]
-    return stats["healthy_workers"] == len(servers)
+    try:
+        answer = httpx.get(f"{endpoint.url}/workers", timeout=5, trust_env=False).raise_for_status()
+    except httpx.HTTPError:
+        return False
+    return answer.json()["stats"]["healthy_workers"] == len(servers)
 
 
 def _check_ports(addresses: Sequence[Address]) -> None:
@@ -249,7 +273,7 @@ def _check_ports(addresses: Sequence[Address]) -> None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1", address.port))
+                probe.bind((address.host, address.port))
             except OSError as error:
                 rule = "" if address.name == ENDPOINT else ": the servers' ports follow the endpoint's"
                 raise ValueError(
@@ -260,11 +284,3 @@ def _check_ports(addresses: Sequence[Address]) -> None:
 def _log_tail(folder: Path, name: str) -> str:
     log = folder / f"{name}.log"
     return log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace") if log.is_file() else "(no log)"
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

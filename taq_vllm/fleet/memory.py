@@ -5,26 +5,39 @@ without one), and the engine's processes `ENGINE_BYTES`; the rest becomes KV cac
 of the longest length is an error here, and so are shares that do not fit together.
 """
 
+import os
+import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import psutil
+
 from taq_vllm.fleet.spec import Fleet, Member
+from taq_vllm.memory import available_bytes
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import PLAN_FILE, Plan
 
 ENGINE_BYTES = 1_600_000_000
 """Of a server's three processes on a CPU, weights and cache apart: 1.47 GB of memory of their own were measured. For a
 GPU as much is taken, an estimate."""
-_CACHE_BYTES_PER_NUMBER = 2
-_GIB = 1 << 30
+GIB = 1 << 30
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where servers run."""
+    """Where servers run.
+
+    Attributes:
+        kind: `cpu` or `cuda`.
+        name: for messages.
+        total_bytes: of its memory; of several GPUs, of the smallest.
+        free_bytes: the least that is free on any.
+        cores: that this process may use.
+    """
 
     kind: str
-    """`cpu` or `cuda`"""
     name: str
     total_bytes: int
     free_bytes: int
@@ -33,7 +46,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Need:
-    """What one server of a task takes.
+    """What one server of a task takes; of several GPUs, on each of them.
 
     Attributes:
         task: its name.
@@ -55,27 +68,26 @@ class Need:
 
     @property
     def tokens(self) -> int:
-        """That the cache holds at once."""
+        """How many the cache holds at once."""
         return self.cache_bytes // self.token_bytes
 
     @property
     def server_bytes(self) -> int:
-        """Of one server."""
+        """All that one server takes."""
         return self.weight_bytes + ENGINE_BYTES + self.cache_bytes
 
 
 def this_device() -> Device:
-    """The first GPU if there is one, else this machine."""
-    import os
-
-    import psutil
-    import torch
-
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        return Device("cuda", torch.cuda.get_device_name(), total, free, len(os.sched_getaffinity(0)))
-    memory = psutil.virtual_memory()
-    return Device("cpu", "this machine", memory.total, memory.available, len(os.sched_getaffinity(0)))
+    """The GPUs if there are any, else this machine. Asks the driver's own tool: torch would take memory of the GPU."""
+    cores = len(os.sched_getaffinity(0))
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+        done = subprocess.run(query, capture_output=True, text=True, check=False)
+        gpus = [line.rsplit(",", 2) for line in done.stdout.splitlines()] if done.returncode == 0 else []
+        if gpus:
+            total, free = (min(int(gpu[place]) for gpu in gpus) * _MIB for place in (1, 2))
+            return Device("cuda", gpus[0][0], total, free, cores)
+    return Device("cpu", "this machine", psutil.virtual_memory().total, available_bytes(), cores)
 
 
 def needs(fleet: Fleet, device: Device) -> dict[str, Need]:
@@ -95,17 +107,21 @@ def _need(name: str, member: Member, device: Device) -> Need:
     config = files.config
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    token_bytes = 2 * config["num_hidden_layers"] * heads * head_size * _CACHE_BYTES_PER_NUMBER
-    longest = int(member.argument("--max-model-len") or config["max_position_embeddings"])
+    cached = member.argument("kv-cache-dtype") or "auto"
+    number = 1 if cached.startswith("fp8") else 4 if member.argument("dtype") == "float32" else 2
+    # Of one GPU's share, where several hold a server's layers or heads.
+    gpus = member.gpus if device.kind == "cuda" else 1
+    token_bytes = -(-2 * config["num_hidden_layers"] * heads * head_size * number // gpus)
+    longest = member.number("max-model-len") or config["max_position_embeddings"]
     share = int(member.memory * device.total_bytes)
-    weights = _weight_bytes(files)
+    weights = _weight_bytes(files) // gpus
     cache = share - weights - ENGINE_BYTES
     if device.kind == "cpu":
-        cache = cache // _GIB * _GIB
+        cache = cache // GIB * GIB
     need = Need(name, member.replicas, weights, share, max(0, cache), token_bytes, longest)
     least = longest * token_bytes
     if need.cache_bytes < least or need.cache_bytes == 0:
-        whole = -(-least // _GIB) * _GIB if device.kind == "cpu" else least
+        whole = -(-least // GIB) * GIB if device.kind == "cpu" else least
         enough = (weights + ENGINE_BYTES + whole) / device.total_bytes
         raise ValueError(
             f"task {name}: {member.memory:g} of {_gb(device.total_bytes)} is {_gb(share)}, which leaves "
@@ -122,19 +138,25 @@ def _need(name: str, member: Member, device: Device) -> Need:
 
 
 def _check_together(fleet: Fleet, found: Mapping[str, Need], device: Device) -> None:
-    """GPUs hold what `devices` puts on them; a CPU holds everything."""
+    """Every GPU has to hold its part of the servers that `devices` puts on it; a CPU holds everything."""
     loads: dict[str, int] = {}
     for name, member in fleet.tasks.items():
         for replica in range(member.replicas):
-            where = member.devices[replica] if member.devices else "all GPUs" if device.kind == "cuda" else "memory"
-            loads[where] = loads.get(where, 0) + found[name].server_bytes
+            if device.kind == "cpu":
+                where = ["memory"]
+            else:
+                # Without a choice each server takes the first ones.
+                where = member.devices[replica].split(",") if member.devices else list(map(str, range(member.gpus)))
+            for part in where:
+                loads[part] = loads.get(part, 0) + found[name].server_bytes
     for where, load in loads.items():
         if load > device.free_bytes:
             parts = ", ".join(f"{need.servers} x {need.task} {_gb(need.server_bytes)}" for need in found.values())
+            place = device.name if device.kind == "cpu" else f"GPU {where} ({device.name})"
             raise ValueError(
-                f"the fleet needs {_gb(load)} of {device.name} ({where}): {parts}; free are "
-                f"{_gb(device.free_bytes)} of {_gb(device.total_bytes)}. Give smaller shares or fewer replicas, or end "
-                "what else takes memory"
+                f"the fleet needs {_gb(load)} of {place}: {parts}; free are {_gb(device.free_bytes)} of "
+                f"{_gb(device.total_bytes)}. Give smaller shares or fewer replicas, put servers on other GPUs "
+                "(`devices`), or end what else takes memory"
             )
 
 

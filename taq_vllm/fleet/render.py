@@ -5,16 +5,20 @@ to hold vLLM and this project; checkpoints that are folders here lie in a volume
 of their tasks. A replica has its GPUs for itself, so shares of a device's memory do not come into it; a key for the API
 is read from the Secret `taq-fleet`, key `api-key`, if it exists.
 
-Ray: one application of `ray.serve.llm:build_openai_app` with every task as a model, for `serve deploy`.
+The router's administration has no key of its own: let a NetworkPolicy keep the cluster's other pods from it.
+
+Ray: one application of `ray.serve.llm:build_openai_app` with every task as a model, for `serve deploy`. That vLLM's
+engine takes the arguments is tested; Ray has not been run. It asks for no key.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from taq_vllm.fleet.services import ENDPOINT, serve_arguments
-from taq_vllm.fleet.spec import Fleet, Member
+from taq_vllm.fleet.services import serve_arguments
+from taq_vllm.fleet.spec import ENDPOINT, Fleet, Member, option_name
 
 MODELS = "/models"
 _PORT = 8000
@@ -41,16 +45,17 @@ def kubernetes(fleet: Fleet, image: str, volume_claim: str | None) -> str:
     """
     documents: list[dict[str, Any]] = []
     for task, member in fleet.tasks.items():
-        if task != task.lower() or "." in task or "_" in task:
-            raise ValueError(f"task {task}: a Kubernetes Service takes lower-case letters, digits and - in its name")
-        command = ["vllm", "serve", _checkpoint(task, member, volume_claim), *serve_arguments(member, task)]
-        gpus = int(member.argument("--tensor-parallel-size") or 1)
+        if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", task):
+            raise ValueError(
+                f"task {task}: a Kubernetes Service takes lower-case letters, digits and - in its name, a letter first"
+            )
+        command = ["vllm", "serve", _checkpoint(task, member, volume_claim), "--served-model-name", task]
         container = {
             "name": "vllm",
             "image": image,
-            "command": [*command, "--host", "0.0.0.0", "--port", str(_PORT)],
+            "command": [*command, *serve_arguments(member), "--host", "0.0.0.0", "--port", str(_PORT)],
             "env": [_key(), *({"name": k, "value": v} for k, v in member.environment.items())],
-            "resources": {"limits": {"nvidia.com/gpu": str(gpus)}},
+            "resources": {"limits": {"nvidia.com/gpu": str(member.gpus)}},
             # Loading a large model takes long; once it answers, it has to go on doing so.
             "startupProbe": {**_probe(), "periodSeconds": 10, "failureThreshold": 180},
             "livenessProbe": {**_probe(), "periodSeconds": 10},
@@ -75,12 +80,11 @@ def ray_serve(fleet: Fleet) -> str:
     """A configuration for `serve deploy`, as YAML."""
     models = []
     for task, member in fleet.tasks.items():
-        # Without the model's name, which Ray sets. Folders keep their path, which Ray's nodes have to see.
-        arguments = _engine_arguments(serve_arguments(member, task)[2:])
+        # Folders keep their path, which Ray's nodes have to see. A replica has its GPUs for itself.
         models.append(
             {
                 "model_loading_config": {"model_id": task, "model_source": member.checkpoint},
-                "engine_kwargs": arguments | {"gpu_memory_utilization": member.memory},
+                "engine_kwargs": _engine_arguments(serve_arguments(member)),
                 "deployment_config": {"num_replicas": member.replicas},
                 **({"runtime_env": {"env_vars": dict(member.environment)}} if member.environment else {}),
             }
@@ -99,20 +103,21 @@ def ray_serve(fleet: Fleet) -> str:
 def _engine_arguments(arguments: tuple[str, ...]) -> dict[str, Any]:
     """`--max-model-len 512 --enforce-eager` as keyword arguments of vLLM's engine."""
     found: dict[str, Any] = {}
-    name = None
+    waiting = None
     for argument in arguments:
-        if argument.startswith("--"):
-            option, equals, value = argument.removeprefix("--").partition("=")
-            name = option.replace("-", "_")
-            if name.startswith("no_") and not equals:
-                found[name.removeprefix("no_")] = False
-            else:
-                found[name] = yaml.safe_load(value) if equals else True
-        elif name is not None:
-            found[name] = yaml.safe_load(argument)
-            name = None
-        else:
+        option = option_name(argument)
+        if option is None and waiting is None:
             raise ValueError(f"got {argument} among the arguments of a task, which belongs to no option")
+        if option is None:
+            found[waiting] = yaml.safe_load(argument)
+            waiting = None
+            continue
+        _, equals, value = argument.partition("=")
+        waiting = None if equals else option.replace("-", "_")
+        if option.startswith("no-") and not equals:
+            found[option.removeprefix("no-").replace("-", "_")] = False
+        else:
+            found[option.replace("-", "_")] = yaml.safe_load(value) if equals else True
     return found
 
 
@@ -131,7 +136,8 @@ def _deployment(name: str, replicas: int, container: dict[str, Any], volumes: li
         "ports": [{"containerPort": _PORT}],
         "readinessProbe": {**_probe(), "periodSeconds": 5},
     }
-    pod = {"containers": [container], **({"volumes": volumes} if volumes else {})}
+    # A Service named vllm would set VLLM_PORT, which means something else to vLLM.
+    pod = {"enableServiceLinks": False, "containers": [container], **({"volumes": volumes} if volumes else {})}
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",

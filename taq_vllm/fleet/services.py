@@ -1,16 +1,17 @@
 """The processes of a fleet on one machine: a `vllm serve` per replica on loopback, and the endpoint in front."""
 
 import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from taq_vllm.fleet.memory import Device, Need
-from taq_vllm.fleet.spec import Fleet, Member
+from taq_vllm.fleet.memory import GIB, Device, Need
+from taq_vllm.fleet.spec import ENDPOINT, Fleet, Member
 from taq_vllm.plan import PLAN_FILE
 
-ENDPOINT = "endpoint"
-_GIB = 1 << 30
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+"""Where this Python's commands are installed."""
 
 
 @dataclass(frozen=True)
@@ -19,20 +20,22 @@ class Address:
 
     Attributes:
         name: of the process, as `trivia-0`, or `endpoint`.
-        port: of loopback; the endpoint's may be reached from elsewhere too.
+        port: on which it listens.
+        host: where this machine reaches it.
         task: the model's name in requests; None for the endpoint.
         replica: of the task.
     """
 
     name: str
     port: int
+    host: str = "127.0.0.1"
     task: str | None = None
     replica: int = 0
 
     @property
     def url(self) -> str:
         """Where its health is asked."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,10 @@ def addresses(fleet: Fleet) -> list[Address]:
     """Of all processes, the endpoint last. The servers' ports follow the endpoint's."""
     replicas = [(name, replica) for name, member in fleet.tasks.items() for replica in range(member.replicas)]
     servers = [
-        Address(f"{name}-{replica}", fleet.port + 1 + place, name, replica)
+        Address(f"{name}-{replica}", fleet.port + 1 + place, task=name, replica=replica)
         for place, (name, replica) in enumerate(replicas)
     ]
-    return [*servers, Address(ENDPOINT, fleet.port)]
+    return [*servers, Address(ENDPOINT, fleet.port, fleet.local_host)]
 
 
 def services(fleet: Fleet, needs: Mapping[str, Need], device: Device) -> list[Service]:
@@ -80,17 +83,17 @@ def services(fleet: Fleet, needs: Mapping[str, Need], device: Device) -> list[Se
     return [*found, Service(endpoint, command, {})]
 
 
-def serve_arguments(member: Member, task: str) -> tuple[str, ...]:
-    """Of `vllm serve`, as far as they are the same wherever it runs."""
+def serve_arguments(member: Member) -> tuple[str, ...]:
+    """Of `vllm serve`, as far as they are the same wherever it runs, but for the checkpoint and the model's name."""
     # A plan beside 16-bit weights is followed only if it is asked for; a written checkpoint is recognised anyway.
-    planned = (Path(member.checkpoint) / PLAN_FILE).is_file() and member.argument("--quantization") is None
-    return ("--served-model-name", task, *(("--quantization", "taq") if planned else ()), *member.arguments)
+    planned = (Path(member.checkpoint) / PLAN_FILE).is_file() and member.argument("quantization") is None
+    return (*(("--quantization", "taq") if planned else ()), *member.arguments)
 
 
 def _serve(member: Member, task: str, device: Device) -> tuple[str, ...]:
-    vllm = str(Path(sys.executable).parent / "vllm")
     share = ("--gpu-memory-utilization", f"{member.memory:g}") if device.kind == "cuda" else ()
-    return (vllm, "serve", member.checkpoint, *serve_arguments(member, task), *share)
+    command = (str(SCRIPTS / "vllm"), "serve", member.checkpoint, "--served-model-name", task)
+    return (*command, *serve_arguments(member), *share)
 
 
 def _environment(member: Member, replica: int, need: Need, device: Device, servers: int) -> dict[str, str]:
@@ -99,7 +102,7 @@ def _environment(member: Member, replica: int, need: Need, device: Device, serve
     else:
         # Servers share the cores: each would bind its threads to the same ones.
         ours = {
-            "VLLM_CPU_KVCACHE_SPACE": str(need.cache_bytes // _GIB),
+            "VLLM_CPU_KVCACHE_SPACE": str(need.cache_bytes // GIB),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(max(1, device.cores // servers)),
             "OMP_WAIT_POLICY": "PASSIVE",

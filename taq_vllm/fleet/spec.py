@@ -22,7 +22,23 @@ from taq_vllm.plan import Record
 
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$", max_length=63)]
 
-_OURS = ("--host", "--port", "--served-model-name", "--model", "--api-key", "--gpu-memory-utilization", "--uds")
+ENDPOINT = "endpoint"
+"""The name of the process in front, which no task can have."""
+
+_OURS = ("host", "port", "served-model-name", "model", "api-key", "gpu-memory-utilization", "uds")
+_SHORT = {"tp": "tensor-parallel-size", "pp": "pipeline-parallel-size", "dp": "data-parallel-size", "q": "quantization"}
+_MULTIPLES = {"k": 10**3, "m": 10**6, "K": 1 << 10, "M": 1 << 20}
+
+
+def option_name(argument: str) -> str | None:
+    """The option that an argument names, as vLLM understands it; None for a value.
+
+    `--max_model_len=9`, `--max-model-len` are max-model-len, `-tp` is tensor-parallel-size.
+    """
+    if argument.startswith("--"):
+        return argument[2:].partition("=")[0].replace("_", "-")
+    short = argument[1:].partition("=")[0]
+    return _SHORT.get(short) if argument.startswith("-") else None
 
 
 class Member(Record):
@@ -44,32 +60,46 @@ class Member(Record):
     @classmethod
     def _not_ours(cls, arguments: tuple[str, ...]) -> tuple[str, ...]:
         for argument in arguments:
-            if argument.partition("=")[0] in _OURS:
+            if option_name(argument) in _OURS:
                 raise ValueError(f"got {argument}, which the fleet sets itself: leave it out")
         return arguments
 
     @model_validator(mode="after")
-    def _on_a_line(self) -> "Member":
-        """What supervisor's configuration can hold."""
-        if any("\n" in text for text in (self.checkpoint, *self.arguments, *self.environment.values())):
-            raise ValueError("got a line break in the checkpoint, an argument or a variable; leave it out")
-        if any('"' in value for value in self.environment.values()):
-            raise ValueError('got a " in a variable; leave it out')
-        return self
-
-    @model_validator(mode="after")
-    def _device_per_replica(self) -> "Member":
+    def _devices_for_all(self) -> "Member":
         if self.devices and len(self.devices) != self.replicas:
             raise ValueError(f"got {len(self.devices)} devices for {self.replicas} replicas; give one for each")
+        self.number("max-model-len")
+        for devices in self.devices:
+            if len(devices.split(",")) != self.gpus:
+                raise ValueError(f"got devices {devices!r} for a server on {self.gpus} GPUs; name each, as '0,1'")
         return self
 
     def argument(self, name: str) -> str | None:
-        """The value of one of `arguments`, written `--name value` or `--name=value`; None if it is not there."""
+        """The value of an option of `arguments`, by its long name without dashes; None if it is not there."""
         for place, argument in enumerate(self.arguments):
-            given, equals, value = argument.partition("=")
-            if given == name:
+            if option_name(argument) == name:
+                _, equals, value = argument.partition("=")
                 return value if equals else next(iter(self.arguments[place + 1 : place + 2]), None)
         return None
+
+    def number(self, name: str) -> int | None:
+        """The same as a number, `4k` as 4000 and `4K` as 4096; None also for `auto`.
+
+        Raises:
+            ValueError: it is none.
+        """
+        value = self.argument(name)
+        if value is None or value in ("auto", "-1"):
+            return None
+        digits, multiple = (value[:-1], _MULTIPLES[value[-1]]) if value[-1:] in _MULTIPLES else (value, 1)
+        if not digits.isdecimal():
+            raise ValueError(f"got --{name} {value}; write a number, as 4096 or 4K")
+        return int(digits) * multiple
+
+    @property
+    def gpus(self) -> int:
+        """That one server runs on."""
+        return (self.number("tensor-parallel-size") or 1) * (self.number("pipeline-parallel-size") or 1)
 
 
 class Fleet(Record):
@@ -80,6 +110,25 @@ class Fleet(Record):
     port: int = Field(default=8000, ge=1, le=65535)
     tasks: dict[TaskName, Member] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _reachable(self) -> "Fleet":
+        if ENDPOINT in self.tasks:
+            raise ValueError(
+                f"got a task {ENDPOINT!r}, which is what the process in front is called: name it otherwise"
+            )
+        if ":" in self.host:
+            raise ValueError(f"got host {self.host}; give an IPv4 address, a name, or 0.0.0.0 for all")
+        if self.port + self.servers > 65535:
+            raise ValueError(
+                f"got port {self.port} for {self.servers} servers, whose ports follow it: give a smaller one"
+            )
+        return self
+
+    @property
+    def local_host(self) -> str:
+        """Where this machine reaches the endpoint."""
+        return "127.0.0.1" if self.host in ("0.0.0.0", "localhost") else self.host
+
     @property
     def servers(self) -> int:
         """Of all tasks."""
@@ -88,7 +137,7 @@ class Fleet(Record):
     @property
     def is_local(self) -> bool:
         """Whether only this machine reaches the endpoint."""
-        return self.host in ("127.0.0.1", "localhost", "::1")
+        return self.local_host == "127.0.0.1" and self.host != "0.0.0.0"
 
 
 def load_fleet(path: str | Path) -> Fleet:

@@ -60,8 +60,9 @@ def _looked_at_together(block: Block) -> list[list[tuple[str, ...]]]:
     run of the block can tell: experts do not read what other experts make. As many as memory allows."""
     together: dict[str, list[tuple[str, ...]]] = {}
     for names in block.groups():
-        # The experts' first matrices are looked at together, then what reads those.
-        together.setdefault(re.sub(r"(\.experts)\.\d+\.", r"\1.", names[0]), []).append(names)
+        # The experts' first matrices are looked at together, then what reads those: `mlp.experts.3.gate_proj` goes by
+        # the name that all have.
+        together.setdefault(re.sub(r"\.\d+\.", ".", names[0]), []).append(names)
     found = []
     for groups in together.values():
         at_once = max(1, _MOMENTS_BYTES // (4 * block.entries[groups[0][0]].shape[1] ** 2))

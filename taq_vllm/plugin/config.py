@@ -32,6 +32,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.utils.config_utils import is_equal_or_regex_match
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
@@ -200,7 +201,7 @@ class TaqConfig(CompressedTensorsConfig):
         if any(Path(model_name).glob("*.safetensors")):
             files = ModelFiles(model_name)  # a file that is missing or cut short is named here, before anything starts
             if any(map(experts_of, plan.matrices)):
-                # Other matrices are checked when they are loaded; experts by vLLM, which does not miss any.
+                # Other matrices are checked when they are loaded; vLLM would not notice an expert that is missing.
                 check_tensors(files, plan)
         return plan
 
@@ -237,14 +238,12 @@ class TaqConfig(CompressedTensorsConfig):
         bits = {matrix.bits for _, matrix in planned}
         try:
             method = super().get_quant_method(layer, prefix)
-        except (ValueError, NotImplementedError) as error:
-            if not bits:
-                raise
-            (width,) = bits
+        except NotImplementedError as error:  # vLLM's word for having no kernel
+            on_cpu = " On a CPU it needs AMX instructions, and 4 bits without zero points (--symmetric 4)."
             raise ValueError(
-                f"{prefix}: vLLM has no kernel on this device for experts of {width} bits ({error}) On a CPU it "
-                "needs AMX instructions and 4 bits without zero points (--symmetric 4). Serve on another device, or "
-                "plan 16 bits for the experts: --pin 're:.*experts.*=16'"
+                f"{prefix}: vLLM has no kernel on this device for experts of {', '.join(map(str, sorted(bits)))} bits "
+                f"({error}).{on_cpu if current_platform.is_cpu() else ''} Serve on another device, or plan 16 bits for "
+                "the experts: --pin 're:.*experts.*=16'"
             ) from error
         self._claimed.update(name for name, _ in planned)
         self._experts.update(bits)
