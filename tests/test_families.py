@@ -85,19 +85,20 @@ def specialized(model, out, budget="6.5bits", **settings):
 
 
 def dequantized(folder, out):
-    """The checkpoint's own numbers as a plain 16-bit model, which every program reads."""
+    """The checkpoint's own numbers, exactly, as a plain model in float32, which every program reads."""
     files, plan = ModelFiles(folder), Plan.load(folder / "taq_plan.json")
     tensors = {}
     for name in files.tensors:
         matrix, _, kind = name.rpartition(".")
         if kind == "weight_packed":
             stored = {key: files.read(key) for key in files.tensors if key.startswith(f"{matrix}.weight_")}
+            stored[f"{matrix}.weight_scale"] = stored[f"{matrix}.weight_scale"].float()
             tensors[f"{matrix}.weight"] = unpack(matrix, stored, plan.matrices[matrix]).dequantize()
         elif kind in ("weight", "bias"):
-            tensors[name] = files.read(name)
+            tensors[name] = files.read(name).float()
     out.mkdir()
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    config = {key: value for key, value in files.config.items() if key != "quantization_config"}
+    config = {key: value for key, value in files.config.items() if key != "quantization_config"} | {"dtype": "float32"}
     (out / "config.json").write_text(json.dumps(config))
     return out
 

@@ -324,7 +324,7 @@ def test_matrices_that_read_one_tensor_are_found_by_running_the_block(uneven, ar
 
 def test_every_expert_is_fitted_to_the_tokens_that_the_router_sends_it(tmp_path):
     """Against transformers' own experts, whose inputs are looked at where they are called."""
-    files = ModelFiles(make_tiny("qwen3_moe", tmp_path / "mixture", torch.float32, num_hidden_layers=1))
+    files = ModelFiles(make_tiny("qwen3_moe", tmp_path / "mixture", num_hidden_layers=1))
     model = StreamedModel(files, "cpu")
     batches = make_batches(sequences(), 2)
     with model.block(0) as module:
@@ -370,7 +370,10 @@ def test_experts_to_which_no_token_is_sent_are_rounded_to_nearest_and_named(tmp_
             unseen = {name for name in block.unseen if name.endswith("down_proj")}
             assert 4 <= len(unseen) < 8  # two tokens, two experts each
             for name in unseen:
-                assert torch.equal(found[name].codes, quantize(weights[name], 4, False).codes), (method, name)
+                assert torch.equal(found[name].codes, quantize(weights[name], 4, False, block.dtype).codes), (
+                    method,
+                    name,
+                )
 
 
 # Whole checkpoints.
