@@ -176,7 +176,8 @@ def _markdown(table: "Table", columns: Sequence[str] = ()) -> str:
 def support_table(lines: list[Line]) -> str:
     """What of vLLM works with a mixed checkpoint, from the tests' own outcomes."""
     command = "python -m pytest -m feature --support benchmarks/results/support-cpu.jsonl"
-    text = [f"**What works, tested on a CPU** (`{command}`)\n", "| | compared | works |", "|---|---|---|"]
+    models = "models are random ones of the named configuration, narrower and of two layers, and the trained lab model"
+    text = [f"**What works, tested on a CPU** (`{command}`); {models}\n", "| | compared | works |", "|---|---|---|"]
     for name in dict.fromkeys(line["feature"] for line in lines):
         found = [line for line in lines if line["feature"] == name]
         failed = any(line["outcome"] == "failed" for line in found)
