@@ -20,10 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 LAB = Path(__file__).parent / "lab"
 TASKS = ("trivia", "math", "code")
@@ -66,13 +63,23 @@ def prompts_of(task: str) -> list[str]:
     return [json.loads(line)["prompt"] for line in lines]
 
 
-def ask(task: str, prompt: str, key: str = KEY, port: int = _PORT) -> Any:
+def body_of(task: str, prompt: str) -> dict[str, Any]:
+    """The request for one greedy completion."""
+    return {"model": task, "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0}
+
+
+def ask(task: str, prompt: str, key: str = KEY) -> Any:
     """One greedy completion; the response."""
     import httpx
 
-    body = {"model": task, "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0}
     headers = {"authorization": f"Bearer {key}"}
-    return httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, headers=headers, timeout=60)
+    url = f"http://127.0.0.1:{_PORT}/v1/completions"
+    return httpx.post(url, json=body_of(task, prompt), headers=headers, timeout=60)
+
+
+def served() -> dict[str, list[str]]:
+    """What the fleet answers to every task's prompts."""
+    return {task: [ask(task, p).json()["choices"][0]["text"] for p in prompts_of(task)] for task in TASKS}
 
 
 def alone(folder: Path, task: str) -> list[str]:
@@ -106,9 +113,8 @@ async def load_and_kill(pid: int) -> dict[str, Any]:
 
     async def client(task: str, http: httpx.AsyncClient) -> None:
         nonlocal back_at
-        prompts = prompts_of(task)
+        body = body_of(task, prompts_of(task)[0])
         while time.monotonic() < end or (killed_at and not back_at and time.monotonic() < end + _LOAD_S):
-            body = {"model": task, "prompt": prompts[0], "max_tokens": MAX_TOKENS, "temperature": 0}
             sent_at = time.monotonic()
             try:
                 status = str((await http.post("/v1/completions", json=body)).status_code)
@@ -151,7 +157,7 @@ def measure(work: Path) -> dict[str, Any]:
     subprocess.run([*taq, "up", str(file)], env=os.environ | {"VLLM_API_KEY": KEY}, check=True)
     up_s = time.monotonic() - started
     try:
-        answers = {task: [ask(task, p).json()["choices"][0]["text"] for p in prompts_of(task)] for task in TASKS}
+        answers = served()
         unknown, unauthorized = ask("unknown", "x"), ask(TASKS[0], "x", key="wrong")
         where, folder = addresses(load_fleet(file)), local.run_folder(file)
         ports = {address.port for address in where}
@@ -160,7 +166,7 @@ def measure(work: Path) -> dict[str, Any]:
         }
         pids = {state.name: state.pid for state in local.status(folder, where)}
         under_load = asyncio.run(load_and_kill(pids[f"{KILLED}-0"]))
-        again = {task: [ask(task, p).json()["choices"][0]["text"] for p in prompts_of(task)] for task in TASKS}
+        again = served()
     finally:
         subprocess.run([*taq, "down", str(file)], check=True)
     return {
@@ -200,7 +206,7 @@ def render(lines: Sequence[dict[str, Any]]) -> list[Any]:
     from rich.table import Table
 
     (line,) = lines
-    table: Table = Table(
+    table = Table(
         title=f"{line['tasks']} tasks, a vLLM server each, up after {line['up_s']:.0f} s; {CLIENTS} clients per task, "
         f"{line['killed']}'s server killed under load and back after "
         f"{'more than the load took' if line['down_s'] is None else format(line['down_s'], '.0f') + ' s'}"

@@ -9,7 +9,6 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taq_vllm import TESTED_VLLM, is_tested
@@ -147,7 +146,7 @@ def _parts(quantized: "Quantized") -> "tuple[Tensor, Tensor, Tensor | None]":
 
 
 def _router() -> Finding:
-    router = Path(sys.executable).parent / "vllm-router"
-    if router.is_file():
+    try:
         return Finding("vllm-router", importlib.metadata.version("vllm-router"))
-    return Finding("vllm-router", "not installed; only `taq fleet` needs it: pip install 'taq-vllm[fleet]'")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("vllm-router", "not installed; only `taq fleet` needs it: pip install 'taq-vllm[fleet]'")

@@ -197,7 +197,6 @@ class StreamedModel:
         return _finite(block(hidden, **self._positions[kind]), f"model.layers.{layer}", self)
 
     def _position_arguments(self, hidden: Tensor, layer_type: str) -> dict[str, Any]:
-        from transformers import Gemma3TextConfig
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
@@ -210,8 +209,8 @@ class StreamedModel:
             past_key_values=None,
             position_ids=positions,
         )
-        # Gemma's frequencies differ between kinds of layers.
-        kind = (layer_type,) if isinstance(self.config, Gemma3TextConfig) else ()
+        # Frequencies may differ between kinds of layers, as Gemma's do.
+        kind = (layer_type,) if hasattr(self._rotary, "layer_types") else ()
         return {
             "attention_mask": mask,
             "position_ids": positions,

@@ -234,11 +234,13 @@ class TaqConfig(CompressedTensorsConfig):
 
     def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
         """The parent's method, vLLM's own kernels, for the experts of a block, which all have one bitwidth."""
-        planned = [entry for name, entry in self._planned.items() if experts_of(name) == prefix]
+        planned = [entry for name, entry in self._planned.items() if name.startswith(f"{prefix}.")]
         bits = {matrix.bits for _, matrix in planned}
         try:
             method = super().get_quant_method(layer, prefix)
         except NotImplementedError as error:  # vLLM's word for having no kernel
+            if not bits:  # another tool's checkpoint, of which only vLLM knows the format
+                raise
             on_cpu = " On a CPU it needs AMX instructions, and 4 bits without zero points (--symmetric 4)."
             raise ValueError(
                 f"{prefix}: vLLM has no kernel on this device for experts of {', '.join(map(str, sorted(bits)))} bits "
