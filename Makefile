@@ -24,7 +24,7 @@ LOCK   := requirements/$(VARIANT)-py311.lock
 ALIAS  := $(if $(filter cpu,$(VARIANT)),--alias requirements/vllm-alias)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean peers-llmcompressor
+.PHONY: help setup demo test lint clean peers-llmcompressor peers-llamacpp
 
 help:
 	@echo "make demo                 specialise and serve the lab model; results in demo/"
@@ -32,6 +32,7 @@ help:
 	@echo "make lint                 ruff: lint and format check"
 	@echo "make setup                only build .venv ($(VARIANT) lock); the others do it by themselves"
 	@echo "make peers-llmcompressor  build .venv-llmcompressor, for the checkpoints that another tool writes"
+	@echo "make peers-llamacpp       build llama.cpp in .llamacpp, to compare servers with (needs CMake)"
 	@echo "make clean                delete the environments, caches and demo/"
 
 setup:
@@ -52,7 +53,17 @@ lint: setup
 peers-llmcompressor:
 	@"$(PYTHON)" requirements/setup_venv.py .venv-llmcompressor benchmarks/peers/llmcompressor-py311.lock
 
+# Built for the processor of this machine, as its users build it. The converter is a script of the same source.
+peers-llamacpp: .llamacpp/build/bin/llama-server
+.llamacpp/build/bin/llama-server: benchmarks/peers/llamacpp.txt | setup
+	rm -rf .llamacpp
+	$(PY) -m pip download -q --no-deps --no-binary :all: --require-hashes -r $< -d .llamacpp
+	tar -xzf .llamacpp/*.tar.gz -C .llamacpp --strip-components=1
+	cmake -S .llamacpp/vendor/llama.cpp -B .llamacpp/build -DCMAKE_BUILD_TYPE=Release -DLLAMA_OPENSSL=OFF \
+	    -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+	cmake --build .llamacpp/build --target llama-server llama-quantize --parallel
+
 clean:
-	rm -rf .venv .venv.old .venv-llmcompressor .bench demo build dist *.egg-info requirements/vllm-alias/build requirements/vllm-alias/*.egg-info
+	rm -rf .venv .venv.old .venv-llmcompressor .llamacpp .bench demo build dist *.egg-info requirements/vllm-alias/build requirements/vllm-alias/*.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.serving import TINY, Shape, make_model, make_prompts
+from benchmarks.random_model import TINY, Shape, make_model, make_prompts
 
 if TYPE_CHECKING:
     from taq_vllm.scoring import Run

@@ -31,7 +31,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.serving import Shape, make_model, make_prompts
+from benchmarks.random_model import Shape, make_model, make_prompts
 
 if TYPE_CHECKING:
     import torch

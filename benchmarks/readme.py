@@ -79,12 +79,12 @@ def parity_table(lines: list[Line]) -> str:
     return "\n".join(text)
 
 
-def serving_table(lines: list[Line]) -> str:
+def decode_table(lines: list[Line]) -> str:
     """Speed and memory, and what must hold."""
-    from benchmarks.serving import render
+    from benchmarks.decode import render
 
     table, profile, *sentences = render(lines)
-    title = "**Speed and memory on a CPU** (`python -m benchmarks.serving`): "
+    title = "**Speed and memory on a CPU** (`python -m benchmarks.decode`): "
     holds = [f"- {sentence}" for sentence in sentences]
     return "\n".join([title + _markdown(table), "", *holds, "", "Where the time goes: " + _markdown(profile)])
 
@@ -195,8 +195,8 @@ SECTIONS: dict[str, Callable[[list[Line]], str]] = {
     "demo-cpu.jsonl": demo_table,
     "parity-cpu.jsonl": parity_table,
     "support-cpu.jsonl": support_table,
-    "serving-cpu.jsonl": serving_table,
-    "serving-cpu-bf16.jsonl": serving_table,
+    "decode-cpu.jsonl": decode_table,
+    "decode-cpu-bf16.jsonl": decode_table,
     "kernels-cpu-bf16.jsonl": kernels_table,
     "planning.jsonl": planning_table,
     "large-cpu.jsonl": large_table,
@@ -222,7 +222,7 @@ def results() -> str:
 
 def summary() -> str:
     """What a reader of README.md wants to know first."""
-    from benchmarks import accuracy, accuracy_served, large, quantizers, serving
+    from benchmarks import accuracy, accuracy_served, decode, large, quantizers
     from taq_vllm.methods import DEFAULT_EXAMPLES
 
     parts = []
@@ -235,9 +235,9 @@ def summary() -> str:
         parts.append("**Which quantizer?** " + _markdown(quantizers.summary(lines, DEFAULT_EXAMPLES)))
     if lines := read("accuracy-awq.jsonl"):
         parts.append("**Against llm-compressor's AWQ**, " + _markdown(accuracy_served.summary(lines)))
-    if lines := read("serving-cpu-bf16.jsonl"):
+    if lines := read("decode-cpu-bf16.jsonl"):
         shown = ("contender", "tokens/s, batch 1", "tokens/s, batch 8", "share of floor", "memory MB", "load s")
-        parts.append("**Speed and memory on a CPU**, " + _markdown(serving.render(lines)[0], shown))
+        parts.append("**Speed and memory on a CPU**, " + _markdown(decode.render(lines)[0], shown))
     if lines := read("support-cpu.jsonl"):
         parts.append(support_table(lines))
     if lines := read("large-cpu.jsonl"):

@@ -1,4 +1,4 @@
-"""A real `vllm serve` on loopback, for as long as a block of code needs it."""
+"""A real server with OpenAI's API on loopback, for as long as a block of code needs it."""
 
 import contextlib
 import os
@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from openai import APIConnectionError, InternalServerError, OpenAI
@@ -17,9 +18,26 @@ START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 30
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server that answers.
+
+    Attributes:
+        url: without a path.
+        client: that talks to it.
+        pid: of its first process.
+        start_s: from its start to its first answer.
+    """
+
+    url: str
+    client: OpenAI
+    pid: int
+    start_s: float
+
+
 @contextlib.contextmanager
 def vllm_serve(model: Path, arguments: Sequence[str], env: Mapping[str, str] | None = None) -> Iterator[OpenAI]:
-    """Serve a model; the server and all its processes are ended on leaving.
+    """Serve a model with vLLM; the server and all its processes are ended on leaving.
 
     Args:
         model: the folder.
@@ -32,22 +50,43 @@ def vllm_serve(model: Path, arguments: Sequence[str], env: Mapping[str, str] | N
     Raises:
         RuntimeError: the server ended or did not answer in time; holds the end of its log.
     """
+    with serving(vllm_command(model, arguments), env) as server:
+        yield server.client
+
+
+def vllm_command(model: Path, arguments: Sequence[str]) -> list[str]:
+    """What serves a model with vLLM, besides host and port."""
+    return [str(Path(sys.executable).parent / "vllm"), "serve", str(model), *arguments]
+
+
+@contextlib.contextmanager
+def serving(command: Sequence[str], env: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """Run a server until the block ends; all its processes are ended then.
+
+    Args:
+        command: that takes `--host` and `--port` too.
+        env: variables set on top of this process's.
+
+    Raises:
+        RuntimeError: the server ended or did not answer in time; holds the end of its log.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), *arguments]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryFile("w+") as log:
         environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(env or {})}
-        server = subprocess.Popen(
+        started = time.monotonic()
+        process = subprocess.Popen(
             command, start_new_session=True, stdout=log, stderr=subprocess.STDOUT, env=environment
         )
         try:
-            client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-            _wait_until_it_answers(client, server, log)
-            yield client
+            client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+            _wait_until_it_answers(client, process, log)
+            yield Server(url, client, process.pid, time.monotonic() - started)
         finally:
-            _end(server)
+            _end(process)
 
 
 def ask(client: OpenAI, model: Path, prompt: str, max_tokens: int) -> str:
@@ -65,7 +104,8 @@ def _wait_until_it_answers(client: OpenAI, server: subprocess.Popen, log: tempfi
         except (APIConnectionError, InternalServerError) as error:
             if server.poll() is not None or time.monotonic() > deadline:
                 log.seek(0)
-                raise RuntimeError(f"vllm serve did not answer; the end of its log:\n{log.read()[-3000:]}") from error
+                name = " ".join(map(str, server.args[:2]))
+                raise RuntimeError(f"{name} did not answer; the end of its log:\n{log.read()[-3000:]}") from error
             time.sleep(0.5)
 
 

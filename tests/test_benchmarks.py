@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from transformers import LlamaForCausalLM
 
-from benchmarks import planning, serving
+from benchmarks import decode, planning, random_model
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import PLAN_FILE, Plan
 
@@ -20,12 +20,12 @@ HARDWARE = ("processor", "cores", "device", "instructions", "threads", "versions
 
 @pytest.fixture(scope="module")
 def contenders(tmp_path_factory):
-    return serving.make_contenders(serving.TINY, tmp_path_factory.mktemp("bench"))
+    return decode.make_contenders(random_model.TINY, tmp_path_factory.mktemp("bench"))
 
 
 def test_the_random_model_has_about_a_billion_parameters_in_the_promised_shape():
     with torch.device("meta"):
-        model = LlamaForCausalLM(serving.config_of(serving.ONE_BILLION))
+        model = LlamaForCausalLM(random_model.config_of(random_model.ONE_BILLION))
     assert 0.95e9 < sum(p.numel() for p in model.parameters()) < 1.15e9
     block = model.model.layers[0]
     assert len(model.model.layers) == 16
@@ -47,17 +47,17 @@ def test_contenders_differ_in_bits_alone(contenders):
 
 def test_a_second_run_finds_its_contenders(contenders):
     before = {p: p.stat().st_mtime_ns for folder in contenders.values() for p in folder.iterdir()}
-    assert serving.make_contenders(serving.TINY, contenders["bf16"].parents[1]) == contenders
+    assert decode.make_contenders(random_model.TINY, contenders["bf16"].parents[1]) == contenders
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
 def test_expected_bytes_are_those_of_the_files_and_the_plan(contenders):
-    expected = serving.expected_bytes(contenders)
+    expected = decode.expected_bytes(contenders)
     files = ModelFiles(contenders["bf16"])
     assert expected["bf16"].resident == sum(info.end - info.start for info in files.tensors.values())
     plan = Plan.load(contenders["plan-5bit"] / PLAN_FILE)
     assert expected["plan-5bit"].resident == plan.budget.resident_bytes
-    embedding = 2 * serving.TINY.vocabulary * serving.TINY.hidden
+    embedding = 2 * random_model.TINY.vocabulary * random_model.TINY.hidden
     assert all(e.resident - e.per_token == embedding for e in expected.values())
 
 
@@ -90,8 +90,8 @@ def lines(plan_speed=(60.0, 10.0, 100.0), saved=1000):
         "instructions": ["avx2"],
         "threads": 1,
     }
-    operators = {name: {"aten::mm": 30.0, "aten::add": 0.1} for name in serving.CONTENDERS}
-    return serving.make_lines(values, shares, operators, settings)
+    operators = {name: {"aten::mm": 30.0, "aten::add": 0.1} for name in decode.CONTENDERS}
+    return decode.make_lines(values, shares, operators, settings)
 
 
 def test_every_line_says_what_was_measured_on_what():
@@ -114,7 +114,7 @@ def test_ratios_are_taken_within_a_round():
 def test_the_table_is_made_from_lines_alone():
     console = Console(width=220, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     read_back = [json.loads(json.dumps(line)) for line in lines()]
-    for part in serving.render(read_back):
+    for part in decode.render(read_back):
         console.print(part)
     text = console.export_text()
     for cell in ("bf16", "stock-w4a16", "plan-5bit", "60.0 (10.0-100.0)", "20.0 (5.0-40.0)", "0.0100 / 0.3000"):
@@ -123,7 +123,7 @@ def test_the_table_is_made_from_lines_alone():
 
 
 def test_a_decode_step_is_split_into_operators_and_what_lies_between_them():
-    table = serving.profile_table(lines())
+    table = decode.profile_table(lines())
     rows = {cells[0]: cells[1:] for cells in zip(*(column.cells for column in table.columns), strict=True)}
     assert rows["aten::mm"] == ("30.00",) * 3
     assert rows["other operators"] == ("0.10",) * 3
@@ -131,12 +131,12 @@ def test_a_decode_step_is_split_into_operators_and_what_lies_between_them():
 
 
 def test_requirements_are_judged_from_the_lines():
-    assert [s.split()[0] for s in serving.requirements(lines())] == ["holds"] * 6
-    slow = serving.requirements(lines(plan_speed=(40.0, 10.0, 80.0)))
+    assert [s.split()[0] for s in decode.requirements(lines())] == ["holds"] * 6
+    slow = decode.requirements(lines(plan_speed=(40.0, 10.0, 80.0)))
     assert slow[0].startswith("MISSES")
     assert slow[1].startswith("holds")
-    assert serving.requirements(lines(saved=970))[5].startswith("MISSES")
-    assert serving.requirements(lines(saved=985))[5].startswith("holds")
+    assert decode.requirements(lines(saved=970))[5].startswith("MISSES")
+    assert decode.requirements(lines(saved=985))[5].startswith("holds")
 
 
 REFERENCES = {"bf16": [[-1.0, -2.0]], "stock-w4a16": [[-1.5, -2.5]], "plan-5bit": [[-1.2, -1.8]]}
@@ -147,22 +147,22 @@ def served(**changes):
 
 
 def test_engines_that_serve_their_own_weights_are_accepted():
-    distances = serving.check_logprobs(served(), REFERENCES)
+    distances = decode.check_logprobs(served(), REFERENCES)
     assert distances["plan-5bit"]["own_weights"] == pytest.approx(0.01)
     assert distances["plan-5bit"]["bf16_weights"] == pytest.approx((0.19 + 0.19) / 2)
 
 
-@pytest.mark.parametrize("name", serving.CONTENDERS)
+@pytest.mark.parametrize("name", decode.CONTENDERS)
 @pytest.mark.parametrize("wrong", [[[-3.0, -0.5]], [[math.nan, -2.0]]])
 def test_an_engine_that_computes_something_else_stops_the_run(name, wrong):
     with pytest.raises(RuntimeError, match=f"{name} is .* nat away from its own weights"):
-        serving.check_logprobs(served(**{name: wrong}), REFERENCES)
+        decode.check_logprobs(served(**{name: wrong}), REFERENCES)
 
 
 def test_the_memory_that_scoring_may_take_is_embedding_two_blocks_and_hidden_states(tmp_path):
     case = planning.smallest_case(tmp_path)
     model, sequences, batches, _ = planning._prepare(case)
-    shape = serving.TINY
+    shape = random_model.TINY
     attention = shape.hidden * shape.hidden * 2 + shape.hidden * shape.hidden // shape.heads * shape.kv_heads * 2
     item = 2  # bytes, whatever the walk computes in
     block = item * (attention + 3 * shape.hidden * shape.intermediate + 2 * shape.hidden)
@@ -206,13 +206,13 @@ def test_the_planning_table_is_made_from_lines_alone():
 
 
 @pytest.mark.engine
-def test_the_serving_benchmark_runs_all_contenders_on_the_engine(tmp_path):
-    out = tmp_path / "serving.jsonl"
-    command = [sys.executable, "-m", "benchmarks.serving", "--quick", "--out", str(out), "--work", str(tmp_path)]
+def test_the_decode_benchmark_runs_all_contenders_on_the_engine(tmp_path):
+    out = tmp_path / "decode.jsonl"
+    command = [sys.executable, "-m", "benchmarks.decode", "--quick", "--out", str(out), "--work", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {(line["contender"], line["measurement"]) for line in map(json.loads, out.read_text().splitlines())}
-    for name in serving.CONTENDERS:
+    for name in decode.CONTENDERS:
         for kind in ("decode_tokens_per_s_batch_1", "decode_tokens_per_s_batch_8", "first_token_per_s", "memory_bytes"):
             assert (name, kind) in found
     assert "plan over stock-w4a16, decode tokens/s batch 1" in done.stdout

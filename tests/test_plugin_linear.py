@@ -482,5 +482,5 @@ def test_in_features_that_are_not_whole_groups_are_refused():
 def test_loading_a_second_time_is_an_error_and_not_silence():
     disk = mixed_qkv()
     layer = load(qkv_layer(disk), disk, QKV)
-    with pytest.raises(ValueError, match="packed and cannot be loaded a second time"):
+    with pytest.raises(ValueError, match="loaded a second time by vLLM's reload_weights alone"):
         give(layer, "weight_packed", disk.tensors[f"{PREFIX}.q_proj"]["weight_packed"], "q")

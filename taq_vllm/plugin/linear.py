@@ -8,6 +8,10 @@ held at a time. A GPU computes a layer in one launch, 16-bit matrices included; 
 Row-parallel layers may cut a group of 128 input features in two. The parts get the same scale as smaller groups of 64
 or 32, so that the weights are the same for every number of ranks. The head is a layer like the others (`head` has what
 differs): vLLM pads its vocabulary to whole multiples of 64 rows a rank, and padded rows are zero.
+
+When vLLM reloads weights it collects a layer's tensors until it has counted as many elements as the layer's parameters
+have, on copies of them on the meta device, and then loads and processes the layer once more. Routers say how many
+elements they pass on, and what is packed anew goes to the memory of the old, which a captured CUDA graph reads.
 """
 
 import math
@@ -86,7 +90,11 @@ class MatrixSpec:
 
 
 class Router(BasevLLMParameter):
-    """An empty parameter that stands for the name of a checkpoint tensor."""
+    """An empty parameter that stands for the name of a checkpoint tensor.
+
+    Attributes:
+        weight_loader_numel: elements of the tensors that it passes on, which vLLM counts while reloading.
+    """
 
 
 @dataclass
@@ -413,14 +421,24 @@ class TaqLinearMethod(LinearMethodBase):
         self.params_dtype = params_dtype
         vllm_config = get_current_vllm_config_or_none()
         self.is_dummy = vllm_config is not None and vllm_config.load_config.load_format == "dummy"
+        self.is_loading = True
         _register_routers(layer, ("weight", *_PACKED_TENSORS), params_dtype, self._load)
+        for kind in ("weight", *_PACKED_TENSORS):
+            shapes = [matrix.expected[kind][0] for matrix in self.matrices if kind in matrix.expected]
+            getattr(layer, kind).weight_loader_numel = sum(map(math.prod, shapes))
         ops.register()
 
     def _load(self, kind: str, param: Router, tensor: Tensor, shard_id: str | int | None) -> None:
-        if not self.matrices:
-            names = ", ".join(spec.name for spec in self.specs)
-            raise ValueError(f"{names}: weights are packed and cannot be loaded a second time; restart the server")
         matrix = _matrix_of(self.matrices, shard_id, kind)
+        if param.is_meta:  # vLLM counts what a reload copies
+            matrix.check(kind, tensor)
+            torch.empty(tensor.shape, device="meta").copy_(tensor)
+            self.is_loading = True
+            return
+        if not self.is_loading:
+            raise ValueError(
+                f"{matrix.spec.name}: weights are packed and can be loaded a second time by vLLM's reload_weights alone"
+            )
         matrix.take(kind, tensor, param.device, self.params_dtype)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
@@ -429,7 +447,7 @@ class TaqLinearMethod(LinearMethodBase):
         Raises:
             ValueError: a planned matrix that no layer has, or one of this layer that is not complete.
         """
-        if hasattr(layer, "taq_runs"):
+        if not self.is_loading:
             return
         self.config.check_all_claimed()
         device = layer.weight_packed.device
@@ -437,12 +455,22 @@ class TaqLinearMethod(LinearMethodBase):
             if self.is_dummy:
                 matrix.fill_with_noise(device, self.params_dtype)
             matrix.check_complete()
-        shards = [matrix.shard for matrix in self.matrices]
-        self.matrices = []
+        self.is_dummy = False
+        runs = [
+            (is_dense, [matrix.shard for matrix in run])
+            for is_dense, run in groupby(self.matrices, key=lambda matrix: isinstance(matrix.shard, DenseShard))
+        ]
+        for matrix in self.matrices:
+            matrix.shard = None
+        self.is_loading = False
+        if hasattr(layer, "taq_runs"):
+            for run, (_, shards) in zip(layer.taq_runs, runs, strict=True):
+                run.replace(shards)
+            return
         bias = None if getattr(layer, "skip_bias_add", False) else layer.bias  # the head cannot skip it
         layer.taq_runs = nn.ModuleList(
-            DenseRun(list(run), self.dense_method) if is_dense else PackedRun(list(run), self.params_dtype, bias)
-            for is_dense, run in groupby(shards, key=lambda shard: isinstance(shard, DenseShard))
+            DenseRun(shards, self.dense_method) if is_dense else PackedRun(shards, self.params_dtype, bias)
+            for is_dense, shards in runs
         )
         for kind in ("weight", *_PACKED_TENSORS):
             if kind not in self.kept_names:
@@ -480,6 +508,19 @@ class PackedRun(nn.Module):
         self.sizes = operands.sizes
         self.group_size = operands.group_size
         self.resident_bytes = sum(buffer.nbytes for buffer in self.buffers())
+        # vLLM takes the buffers away while it reloads a model, and puts the same ones back afterwards.
+        self.storage = _stored(operands)
+
+    def replace(self, shards: list[PackedShard]) -> None:
+        """Other weights of the same shapes and bits, in the memory of these.
+
+        Raises:
+            ValueError: their scales have another dtype.
+        """
+        for kept, new in zip(self.storage, _stored(ops.join(shards)), strict=True):
+            if kept.dtype != new.dtype:
+                raise ValueError(f"got scales in {new.dtype}, the loaded model has {kept.dtype}; restart the server")
+            kept.copy_(new)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] to [..., N of these matrices]."""
@@ -497,17 +538,31 @@ class PackedRun(nn.Module):
         )
 
 
+def _stored(operands: ops.Operands) -> list[Tensor]:
+    """What holds the weights."""
+    tensors = (operands.weights, operands.scales, operands.zero_points)
+    return [tensor for tensor in tensors if tensor is not None]
+
+
 class DenseRun(nn.Module):
     """Neighbouring 16-bit shards of a layer: vLLM's own unquantized product, whatever the platform has for it."""
 
     def __init__(self, shards: list[DenseShard], method: UnquantizedLinearMethod) -> None:
         super().__init__()
-        weight = torch.cat([shard.weight for shard in shards])
-        self.rows = weight.shape[0]
-        self.resident_bytes = weight.nbytes
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.rows = sum(shard.rows for shard in shards)
+        self.resident_bytes = sum(shard.weight.nbytes for shard in shards)
         self.method = method
-        method.process_weights_after_loading(self)
+        self._process(shards)
+        self.storage = (self.weight.data,)
+
+    def _process(self, shards: list[DenseShard]) -> None:
+        self.weight = nn.Parameter(torch.cat([shard.weight for shard in shards]), requires_grad=False)
+        self.method.process_weights_after_loading(self)
+
+    def replace(self, shards: list[DenseShard]) -> None:
+        """Other weights of the same shapes, in the memory of these unless the platform keeps them in its own form."""
+        self._process(shards)
+        self.storage[0].copy_(self.weight)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] to [..., N of these shards]."""

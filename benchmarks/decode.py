@@ -9,8 +9,8 @@ Measured are decode tokens/s at batch 1 and 8, time to the first token of a long
 time to load. The floor of batch 1 is a pass that only reads as many bytes as a token needs, in the same rounds. At the
 end a profiler tells where each engine's decode steps spend their time.
 
-    python -m benchmarks.serving --out benchmarks/results/serving-cpu.jsonl
-    python -m benchmarks.serving --table benchmarks/results/serving-cpu.jsonl
+    python -m benchmarks.decode --out benchmarks/results/decode-cpu.jsonl
+    python -m benchmarks.decode --table benchmarks/results/decode-cpu.jsonl
 
 Engines run eagerly and in-process (no server in front); one thread per core given. The same command measures a GPU.
 """
@@ -26,10 +26,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
+from benchmarks.random_model import ONE_BILLION, TINY, Shape, make_model, make_prompts
 
 BUDGET = "5.0bits"
 CONTENDERS = ("bf16", "stock-w4a16", "plan-5bit")  # the plan last
@@ -61,19 +60,6 @@ ANSWER_TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of the random model."""
-
-    name: str
-    hidden: int
-    layers: int
-    intermediate: int
-    vocabulary: int
-    heads: int
-    kv_heads: int
-
-
-@dataclass(frozen=True)
 class Workload:
     """What is asked of every engine.
 
@@ -98,8 +84,6 @@ class Workload:
     profiled_tokens: int = 16
 
 
-ONE_BILLION = Shape("llama-1.1B", 2048, 16, 8192, 32000, 32, 8)
-TINY = Shape("llama-tiny", 256, 6, 512, 512, 4, 2)
 FULL_WORKLOAD = Workload(
     rounds=5, first_token_rounds=3, input_tokens=32, output_tokens={1: 48, 8: 16}, first_token_input=1024
 )
@@ -109,38 +93,6 @@ QUICK_WORKLOAD = Workload(
 
 
 # The contenders.
-
-
-def make_model(shape: Shape, work: Path) -> Path:
-    """A random model of this shape in `work`, bf16, untied; one that is there is left as it is."""
-    folder = work / shape.name / "bf16"
-    if folder.exists():
-        return folder
-    import torch
-    from transformers import LlamaForCausalLM
-
-    torch.manual_seed(0)
-    partial = folder.with_name(f".{folder.name}.partial")
-    LlamaForCausalLM._from_config(config_of(shape), dtype=torch.bfloat16).save_pretrained(partial)
-    partial.rename(folder)
-    return folder
-
-
-def config_of(shape: Shape) -> "LlamaConfig":
-    """The model's config.json."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        intermediate_size=shape.intermediate,
-        vocab_size=shape.vocabulary,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-    )
 
 
 def make_contenders(shape: Shape, work: Path) -> dict[str, Path]:
@@ -202,13 +154,6 @@ def expected_bytes(paths: Mapping[str, Path]) -> dict[str, WeightBytes]:
     return {name: WeightBytes(bytes_ + other, bytes_ + other - 2 * rows * columns) for name, bytes_ in matrices.items()}
 
 
-def make_prompts(count: int, tokens: int, vocabulary: int, seed: int) -> list[list[int]]:
-    """Random token ids: nothing here depends on what a text says."""
-    import numpy
-
-    return numpy.random.default_rng(seed).integers(0, vocabulary, (count, tokens)).tolist()
-
-
 # Children: one process per engine, asked over pipes with one JSON line per question and answer.
 
 
@@ -220,7 +165,7 @@ class Child:
         self._log_path = log
         self._log = log.open("w")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.serving", "--child", role, json.dumps(spec)],
+            [sys.executable, "-m", "benchmarks.decode", "--child", role, json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -657,7 +602,7 @@ def make_lines(
         divide(name, "decode_tokens_per_s_batch_1", (name, "floor_tokens_per_s_batch_1"), "floor")
     return [
         {
-            "benchmark": "serving",
+            "benchmark": "decode",
             "contender": name,
             "measurement": kind,
             "median": median(rounds),
@@ -682,7 +627,7 @@ def render(lines: Sequence[dict[str, Any]]) -> list[Any]:
     found = {(line["contender"], line["measurement"]): line for line in lines}
     head = lines[0]
     table = Table(
-        title=f"serving {head['model']['name']}, random weights; {head['processor']} with "
+        title=f"decode steps of {head['model']['name']}, random weights; {head['processor']} with "
         f"{' '.join(head['instructions'])}; device {head['device']}, {head['threads']} thread(s), eager, "
         f"commit {head['commit']}; median (min-max) of {head['workload']['rounds']}, of prompts "
         f"{head['workload']['first_token_rounds']}"
@@ -797,7 +742,7 @@ def _read_files(folder: Path) -> None:
 def main() -> None:
     """Measure, write one JSON line per result, print the table made from them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serving-cpu.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode-cpu.jsonl"))
     parser.add_argument("--work", type=Path, default=Path(".bench"), help="checkpoints and logs, kept for the next run")
     parser.add_argument("--rounds", type=int, help="instead of the workload's own number")
     parser.add_argument("--cores", default=str(max(os.sched_getaffinity(0))), help="as 1 or 0,1; one thread on each")
