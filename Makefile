@@ -21,14 +21,16 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 LOCK   := requirements/$(VARIANT)-py311.lock
+RELEASES := 0.31.0
 ALIAS  := $(if $(filter cpu,$(VARIANT)),--alias requirements/vllm-alias)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean peers-llmcompressor peers-llamacpp
+.PHONY: help setup demo test test-releases lint clean peers-llmcompressor peers-llamacpp
 
 help:
 	@echo "make demo                 specialise and serve the lab model; results in demo/"
 	@echo "make test                 lint and run the tests (ARGS='-k plan' to choose)"
+	@echo "make test-releases        the tests marked release with vLLM $(RELEASES), in an environment of its own; in make test"
 	@echo "make lint                 ruff: lint and format check"
 	@echo "make setup                only build .venv ($(VARIANT) lock); the others do it by themselves"
 	@echo "make peers-llmcompressor  build .venv-llmcompressor, for the checkpoints that another tool writes"
@@ -45,6 +47,15 @@ demo: setup
 
 test: lint
 	$(PY) -m pytest -q -ra --durations=15 $(ARGS)
+ifeq ($(VARIANT)$(ARGS),cpu)
+	@$(MAKE) --no-print-directory test-releases
+endif
+
+# The tests marked `release`, in an environment of its own for each release that is supported beside the locked one.
+test-releases: $(addprefix test-release-,$(RELEASES))
+test-release-%:
+	@"$(PYTHON)" requirements/setup_venv.py .venv-vllm-$* $(LOCK) $(ALIAS) --release $* --project .
+	.venv-vllm-$*/bin/python -m pytest -q -ra -m release tests/test_plugin_serving.py tests/test_plugin_reload.py
 
 lint: setup
 	$(PY) -m ruff check .
@@ -64,6 +75,6 @@ peers-llamacpp: .llamacpp/build/bin/llama-server
 	cmake --build .llamacpp/build --target llama-server llama-quantize --parallel
 
 clean:
-	rm -rf .venv .venv.old .venv-llmcompressor .llamacpp .bench demo build dist *.egg-info requirements/vllm-alias/build requirements/vllm-alias/*.egg-info
+	rm -rf .venv .venv.old .venv-vllm-* .venv-llmcompressor .llamacpp .bench demo build dist *.egg-info requirements/vllm-alias/build requirements/vllm-alias/*.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

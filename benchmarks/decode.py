@@ -39,6 +39,8 @@ MUST_HOLD = (
     ("first_token_per_s", "bf16", 0.9),
 )
 """Measurement, contender, and how many times as fast the plan is at least."""
+MOST_OF_BF16 = (("load_s", "time to load", 1.3), ("load_peak_bytes", "peak memory while loading", 1.1))
+"""Measurement of the plan, what it is, and how many times that of bf16 it is at most."""
 MEMORY_TOLERANCE = 0.02
 """Measured against planned memory of the plan."""
 NOISE_TOLERANCE = 1.2
@@ -338,10 +340,21 @@ def _tensor_bytes(model: Any) -> int:
 
 def _private_bytes() -> int:
     """Anonymous memory of this process: without files that are mapped, which the kernel can drop."""
+    return _status_bytes("RssAnon")
+
+
+def _peak_bytes() -> int:
+    """The most that was held so far: memory of the GPU, else this process's, files that are mapped included."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no RssAnon; measure on Linux")
+    raise RuntimeError(f"/proc/self/status has no {field}; measure on Linux")
 
 
 def _child_engine(spec: dict[str, Any]) -> None:
@@ -357,8 +370,9 @@ def _child_engine(spec: dict[str, Any]) -> None:
         engine = Engine(spec["path"], spec["engine"])
         seconds = time.perf_counter() - started
         engine.run(make_prompts(1, 8, 64, seed=0), WARM_UP_TOKENS)
+        peak_bytes = _peak_bytes()
         ctypes.CDLL(None).malloc_trim(0)  # what loading has freed is not held by the weights
-        return {"load_s": seconds, **engine.memory()}
+        return {"load_s": seconds, "load_peak_bytes": peak_bytes, **engine.memory()}
 
     _serve_questions(
         {
@@ -555,6 +569,7 @@ def measure(shape: Shape, workload: Workload, work: Path, cores: Sequence[int]) 
     say("done")
     for name, answer in loaded.items():
         values[name, "load_s"] = [answer["load_s"]]
+        values[name, "load_peak_bytes"] = [answer["load_peak_bytes"]]
         values[name, "memory_bytes"] = [answer["resident_bytes"]]
         values[name, "tensor_bytes"] = [answer["tensor_bytes"]]
         values[name, "planned_weight_bytes"] = [expected[name].resident]
@@ -697,6 +712,12 @@ def requirements(lines: Iterable[dict[str, Any]]) -> list[str]:
         ratio = found["plan-5bit", f"{kind}_over_{name}"]
         what = kind.replace("_per_s", "/s").replace("_", " ")
         sentences.append(_verdict(ratio >= least, f"plan over {name}, {what}: {ratio:.2f}x, at least {least}x"))
+    for kind, what, most in MOST_OF_BF16:
+        if ("plan-5bit", kind) not in found:
+            sentences.append(f"not measured: {what} over bf16")
+            continue
+        ratio = found["plan-5bit", kind] / found["bf16", kind]
+        sentences.append(_verdict(ratio <= most, f"plan over bf16, {what}: {ratio:.2f}x, at most {most}x"))
     planned = found["plan-5bit", "planned_weight_bytes"]
     tensors = found["plan-5bit", "tensor_bytes"] / planned - 1
     sentences.append(

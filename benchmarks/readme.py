@@ -84,9 +84,18 @@ def decode_table(lines: list[Line]) -> str:
     from benchmarks.decode import render
 
     table, profile, *sentences = render(lines)
-    title = "**Speed and memory on a CPU** (`python -m benchmarks.decode`): "
+    title = "**A decode step on a CPU** (`python -m benchmarks.decode`): "
     holds = [f"- {sentence}" for sentence in sentences]
     return "\n".join([title + _markdown(table), "", *holds, "", "Where the time goes: " + _markdown(profile)])
+
+
+def serving_table(lines: list[Line]) -> str:
+    """Servers against each other, and what must hold."""
+    from benchmarks.serving import render
+
+    table, *sentences = render(lines)
+    title = "**Servers on a CPU** (`python -m benchmarks.serving`): "
+    return "\n".join([title + _markdown(table), "", *(f"- {sentence}" for sentence in sentences)])
 
 
 def kernels_table(lines: list[Line]) -> str:
@@ -195,6 +204,7 @@ SECTIONS: dict[str, Callable[[list[Line]], str]] = {
     "demo-cpu.jsonl": demo_table,
     "parity-cpu.jsonl": parity_table,
     "support-cpu.jsonl": support_table,
+    "serving-cpu-bf16.jsonl": serving_table,
     "decode-cpu.jsonl": decode_table,
     "decode-cpu-bf16.jsonl": decode_table,
     "kernels-cpu-bf16.jsonl": kernels_table,
@@ -222,7 +232,7 @@ def results() -> str:
 
 def summary() -> str:
     """What a reader of README.md wants to know first."""
-    from benchmarks import accuracy, accuracy_served, decode, large, quantizers
+    from benchmarks import accuracy, accuracy_served, decode, large, quantizers, serving
     from taq_vllm.methods import DEFAULT_EXAMPLES
 
     parts = []
@@ -235,9 +245,13 @@ def summary() -> str:
         parts.append("**Which quantizer?** " + _markdown(quantizers.summary(lines, DEFAULT_EXAMPLES)))
     if lines := read("accuracy-awq.jsonl"):
         parts.append("**Against llm-compressor's AWQ**, " + _markdown(accuracy_served.summary(lines)))
+    if lines := read("serving-cpu-bf16.jsonl"):
+        table, *sentences = serving.render(lines)
+        holds = "\n".join(f"- {sentence}" for sentence in sentences)
+        parts.append(f"**Speed and memory on a CPU**, {_markdown(table)}\n\n{holds}")
     if lines := read("decode-cpu-bf16.jsonl"):
         shown = ("contender", "tokens/s, batch 1", "tokens/s, batch 8", "share of floor", "memory MB", "load s")
-        parts.append("**Speed and memory on a CPU**, " + _markdown(decode.render(lines)[0], shown))
+        parts.append("**A decode step on a CPU**, without a server, " + _markdown(decode.render(lines)[0], shown))
     if lines := read("support-cpu.jsonl"):
         parts.append(support_table(lines))
     if lines := read("large-cpu.jsonl"):

@@ -115,6 +115,7 @@ class Contender:
         env: variables of its own.
         path: what it loads, a checkpoint's folder or a GGUF file.
         bytes_per_token: of weights, read for one decoded token: all but the embedding table.
+        engine_arguments: of vLLM's engine, with or without a server; None if it is another's.
     """
 
     name: str
@@ -122,11 +123,7 @@ class Contender:
     env: Mapping[str, str]
     path: Path
     bytes_per_token: int
-
-    @property
-    def is_vllm(self) -> bool:
-        """Whether vLLM serves it."""
-        return self.path.is_dir()
+    engine_arguments: tuple[str, ...] | None = None
 
 
 def make_contenders(shape: Shape, work: Path, cells: Sequence[Cell], cores: Sequence[int] | None) -> list[Contender]:
@@ -174,19 +171,15 @@ def _vllm(name: str, folder: Path, shape: Shape, cells: Sequence[Cell], cores: S
 
     per_token = 2 * 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads)  # k and v, 2 bytes each
     cache = per_token * max(c.batch * BLOCK * _blocks(c) for c in cells) + (64 << 20)
-    arguments = ["--served-model-name", MODEL_NAME, "--kv-cache-memory-bytes", str(cache)]
-    arguments += [
-        "--max-model-len",
-        str(BLOCK * max(map(_blocks, cells))),
-        "--enforce-eager",
-        "--disable-uvicorn-access-log",
-    ]
+    engine = ["--kv-cache-memory-bytes", str(cache), "--max-model-len", str(BLOCK * max(map(_blocks, cells)))]
+    engine.append("--enforce-eager")
+    command = vllm_command(folder, [*engine, "--served-model-name", MODEL_NAME, "--disable-uvicorn-access-log"])
     env = {"VLLM_PLUGINS": "taq" if name in PLANS else "", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if cores is not None:
         env |= {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)), "OMP_NUM_THREADS": str(len(cores))}
     weights = sum(info.end - info.start for info in ModelFiles(folder).tensors.values())
     embedding = 2 * shape.vocabulary * shape.hidden
-    return Contender(name, tuple(vllm_command(folder, arguments)), env, folder, weights - embedding)
+    return Contender(name, tuple(command), env, folder, weights - embedding, tuple(engine))
 
 
 def _blocks(cell: Cell) -> int:
@@ -385,17 +378,14 @@ def bench_offline(
         A line per engine and tool, with seconds per batch or output tokens per second.
     """
     say = _Progress()
+    vllm = str(Path(sys.executable).parent / "vllm")
     for contender in contenders:
-        if not contender.is_vllm:
+        if contender.engine_arguments is None:
             continue
         for tool in ("latency", "throughput"):
             say(f"vllm bench {tool}: {contender.name}")
             out = work / f"{contender.name}-{tool}.json"
-            served = list(contender.command[3:])  # vllm serve MODEL
-            drop = served.index("--served-model-name")
-            del served[drop : drop + 2]
-            served.remove("--disable-uvicorn-access-log")
-            command = [contender.command[0], "bench", tool, "--model", str(contender.path), *served]
+            command = [vllm, "bench", tool, "--model", str(contender.path), *contender.engine_arguments]
             if tool == "latency":
                 command += ["--input-len", str(cell.input_tokens), "--output-len", str(cell.output_tokens)]
                 command += ["--batch-size", str(cell.batch), "--num-iters-warmup", "1", "--num-iters", "1"]
@@ -406,16 +396,13 @@ def bench_offline(
                 arguments = [*command, "--output-json", str(out)]
                 subprocess.run(arguments, env=os.environ | contender.env, stdout=log, stderr=log, check=True)
             found = json.loads(out.read_text())
+            seconds = found["avg_latency" if tool == "latency" else "elapsed_time"]
             yield {
                 "benchmark": "serving",
                 "contender": contender.name,
                 "tool": f"vllm bench {tool}",
                 **asdict(cell),
-                "output_tokens_per_s": (
-                    cell.batch
-                    * cell.output_tokens
-                    / (found["avg_latency"] if tool == "latency" else found["elapsed_time"])
-                ),
+                "output_tokens_per_s": cell.batch * cell.output_tokens / seconds,
                 **settings,
             }
 
@@ -484,8 +471,8 @@ def render(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
             cells.setdefault((cell, line.get("tool")), {})[line["contender"]] = line
     where = f"{head['threads']} thread(s) per engine" if head["threads"] else "on the GPU"
     table = Table(
-        title=f"servers of {head['model']['name']}, random weights; {head['processor']}; {head['device']}, {where}; commit "
-        f"{head['commit']}; medians"
+        title=f"servers of {head['model']['name']}, random weights; {head['processor']}; {head['device']}, {where}; "
+        f"commit {head['commit']}; medians"
     )
     table.add_column("")
     for name in taken:

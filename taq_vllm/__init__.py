@@ -39,8 +39,6 @@ def register() -> None:
             vllm.__version__,
         )
         return
-    # vLLM wants the class itself, and its parent lives among vLLM's layers: under half a second for a process that
-    # loads a model, and no CUDA context.
-    from taq_vllm.plugin.config import TaqConfig
+    from taq_vllm.plugin.deferred import DeferredTaqConfig
 
-    register_quantization_config("taq")(TaqConfig)
+    register_quantization_config("taq")(DeferredTaqConfig)

@@ -75,7 +75,7 @@ def _plugin() -> Finding:
         from vllm.plugins import load_general_plugins
 
         load_general_plugins()
-        config = get_quantization_config("taq")
+        config = type(get_quantization_config("taq")())
     except (ImportError, ValueError) as error:
         return Finding("plugin", f"vLLM does not load it: {error}", "see the versions above")
     return Finding("plugin", f"--quantization taq is {config.__module__}.{config.__name__}")

@@ -61,7 +61,7 @@ def test_expected_bytes_are_those_of_the_files_and_the_plan(contenders):
     assert all(e.resident - e.per_token == embedding for e in expected.values())
 
 
-def lines(plan_speed=(60.0, 10.0, 100.0), saved=1000):
+def lines(plan_speed=(60.0, 10.0, 100.0), saved=1000, plan_peak=1000):
     kind = "decode_tokens_per_s_batch_1"
     speeds = {"bf16": (20.0, 5.0, 40.0), "stock-w4a16": (10.0, 2.5, 20.0), "plan-5bit": plan_speed}
     values = {(name, kind): list(speed) for name, speed in speeds.items()}
@@ -73,6 +73,7 @@ def lines(plan_speed=(60.0, 10.0, 100.0), saved=1000):
         values[name, "decode_step_ms"] = [50.0]
         values[name, "floor_tokens_per_s_batch_1"] = [100.0, 100.0, 100.0]
         values[name, "load_s"] = [3.0]
+        values[name, "load_peak_bytes"] = [plan_peak if name == "plan-5bit" else 1000]
         values[name, "memory_bytes"] = [5000 - (saved if name == "plan-5bit" else 0)]
         values[name, "tensor_bytes"] = [planned]
         values[name, "planned_weight_bytes"] = [planned]
@@ -131,12 +132,16 @@ def test_a_decode_step_is_split_into_operators_and_what_lies_between_them():
 
 
 def test_requirements_are_judged_from_the_lines():
-    assert [s.split()[0] for s in decode.requirements(lines())] == ["holds"] * 6
+    assert [s.split()[0] for s in decode.requirements(lines())] == ["holds"] * 8
     slow = decode.requirements(lines(plan_speed=(40.0, 10.0, 80.0)))
     assert slow[0].startswith("MISSES")
     assert slow[1].startswith("holds")
-    assert decode.requirements(lines(saved=970))[5].startswith("MISSES")
-    assert decode.requirements(lines(saved=985))[5].startswith("holds")
+    assert decode.requirements(lines(saved=970))[7].startswith("MISSES")
+    assert decode.requirements(lines(saved=985))[7].startswith("holds")
+    high = decode.requirements(lines(plan_peak=1200))
+    assert high[5].startswith("MISSES plan over bf16, peak memory while loading: 1.20x")
+    older = [line for line in lines() if line["measurement"] != "load_peak_bytes"]
+    assert decode.requirements(older)[5] == "not measured: peak memory while loading over bf16"
 
 
 REFERENCES = {"bf16": [[-1.0, -2.0]], "stock-w4a16": [[-1.5, -2.5]], "plan-5bit": [[-1.2, -1.8]]}

@@ -1,6 +1,8 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +33,7 @@ from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import PLAN_FILE
 from taq_vllm.plugin import config as plugin_config
 from taq_vllm.plugin.config import TaqConfig
+from taq_vllm.plugin.deferred import DeferredTaqConfig
 from taq_vllm.plugin.linear import CheckedUnquantizedMethod, TaqLinearMethod
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -88,7 +91,25 @@ def test_registering_is_repeatable_and_gives_our_class():
     taq_vllm.register()
     taq_vllm.register()
     assert QUANTIZATION_METHODS.count("taq") == 1
-    assert get_quantization_config("taq") is TaqConfig
+    assert type(get_quantization_config("taq")()) is TaqConfig
+
+
+REGISTER = """
+import sys, time
+import vllm.engine.arg_utils
+import taq_vllm
+before, started = set(sys.modules), time.process_time()
+taq_vllm.register()
+seconds = time.process_time() - started
+print(seconds, *(name for name in set(sys.modules) - before if name.startswith("vllm.model_executor.layers")))
+"""
+
+
+def test_registering_is_cheap_and_imports_no_layers():
+    done = subprocess.run([sys.executable, "-c", REGISTER], capture_output=True, text=True, check=True)
+    seconds, *layers = done.stdout.splitlines()[-1].split()
+    assert layers == []
+    assert float(seconds) < 0.05  # of processor time, whatever else runs on the machine
 
 
 def test_entry_point_leads_to_register():
@@ -129,7 +150,7 @@ def test_foreign_checkpoint_is_ours_only_with_the_flag(foreign):
 
 def test_other_methods_are_not_claimed():
     for method in ("awq", "gptq", "fp8", ""):
-        assert TaqConfig.override_quantization_method({"quant_method": method, "taq": {}}, "taq") is None
+        assert DeferredTaqConfig.override_quantization_method({"quant_method": method, "taq": {}}, "taq") is None
 
 
 def test_16_bit_model_without_flag_is_served_as_it_is(model):

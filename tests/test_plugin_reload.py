@@ -32,6 +32,7 @@ def assert_same(found, expected):
 
 
 # Biases with a tied head that the plan unties; one matrix on disk for q, k, v and one for gate, up.
+@pytest.mark.release
 @pytest.mark.feature("weight reload", "an engine started on the other weights, to the bit, and back")
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3"])
 def test_reloaded_engine_is_one_started_on_those_weights(model_type, tmp_path):

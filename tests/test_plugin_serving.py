@@ -86,6 +86,7 @@ def decompressed(folder, key_of):
     return exact
 
 
+@pytest.mark.release
 @pytest.mark.feature("offline `LLM()`, eager", "as transformers, within the noise of bf16")
 def test_our_checkpoint_agrees_with_transformers(checkpoint, served):
     assert_agrees(checkpoint, *served)
@@ -110,6 +111,7 @@ def test_one_line_sums_up_what_was_loaded(served, summaries, plan):
 
 
 # Biases and a tied head; one matrix on disk for q, k, v and one for gate, up.
+@pytest.mark.release
 @pytest.mark.parametrize(("model_type", "head"), [("qwen3", (4, False)), ("qwen2", None), ("phi3", (4, True))])
 def test_foreign_checkpoint_agrees_with_transformers(model_type, head, tmp_path):
     source = make_tiny(model_type, tmp_path / "source", num_hidden_layers=2, seed=3)
@@ -137,6 +139,7 @@ def test_stock_vllm_refuses_different_bits_in_one_fused_layer(model, tmp_path):
         serve(folder)
 
 
+@pytest.mark.release
 @pytest.mark.feature("plan beside a 16-bit model", "the tokens and log-probabilities of the checkpoint, to the bit")
 def test_rounding_while_loading_is_the_offline_checkpoint_to_the_bit(model, plan, served, tmp_path, monkeypatch):
     plan.save(tmp_path / PLAN_FILE)
@@ -146,6 +149,7 @@ def test_rounding_while_loading_is_the_offline_checkpoint_to_the_bit(model, plan
     assert all(torch.equal(a, b) for a, b in zip(logprobs, served[1], strict=True))
 
 
+@pytest.mark.release
 @pytest.mark.feature("torch.compile: whole graph", "as transformers, within the noise of bf16")
 def test_compiled_graph_gives_the_same_tokens(checkpoint, monkeypatch):
     # vLLM's setting for CI: dynamo traces the whole model, inductor is left out.
@@ -164,6 +168,7 @@ def test_float32_engine_computes_what_the_stored_codes_stand_for(checkpoint):
             assert (got - expected).abs().max() < 1e-3
 
 
+@pytest.mark.release
 @pytest.mark.feature("`--load-format dummy`", "runs")
 def test_dummy_weights_load_and_run(checkpoint):
     assert all(len(tokens) == NEW_TOKENS for tokens in serve(checkpoint, load_format="dummy")[0])
@@ -187,6 +192,7 @@ def write_adapter(folder, rank=8):
     return updates
 
 
+@pytest.mark.release
 @pytest.mark.feature("LoRA on the quantized base", "greedy tokens as transformers with the adapter merged")
 def test_lora_adapter_is_added_to_a_layer_of_mixed_bits(model, checkpoint, tmp_path):
     (tmp_path / "model").symlink_to(model)

