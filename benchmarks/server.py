@@ -89,6 +89,18 @@ def serving(command: Sequence[str], env: Mapping[str, str] | None = None) -> Ite
             _end(process)
 
 
+def memory_bytes(pid: int) -> int:
+    """What a server's processes hold on the device: their proportional set sizes, or the GPU's memory in use."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    root = psutil.Process(pid)
+    return sum(process.memory_full_info().pss for process in [root, *root.children(recursive=True)])
+
+
 def ask(client: OpenAI, model: Path, prompt: str, max_tokens: int) -> str:
     """One greedy completion."""
     answer = client.completions.create(model=str(model), prompt=prompt, max_tokens=max_tokens, temperature=0)

@@ -34,7 +34,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.random_model import CHARACTERS_FROM, LLAMA_8B, ONE_BILLION, Shape, make_model, make_prompts
-from benchmarks.server import Server, serving, vllm_command
+from benchmarks.server import Server, memory_bytes, serving, vllm_command
 
 LLAMACPP = Path(__file__).parents[1] / ".llamacpp"
 HEAD_PIN = "lm_head=8"
@@ -116,6 +116,7 @@ class Contender:
         path: what it loads, a checkpoint's folder or a GGUF file.
         bytes_per_token: of weights, read for one decoded token: all but the embedding table.
         engine_arguments: of vLLM's engine, with or without a server; None if it is another's.
+        cores: that the whole server is bound to; None if it binds its engine itself, as vLLM does.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Contender:
     path: Path
     bytes_per_token: int
     engine_arguments: tuple[str, ...] | None = None
+    cores: Sequence[int] | None = None
 
 
 def make_contenders(shape: Shape, work: Path, cells: Sequence[Cell], cores: Sequence[int] | None) -> list[Contender]:
@@ -204,10 +206,12 @@ def _llamacpp(name: str, kind: str, model: Path, cells: Sequence[Cell], cores: S
     context = slots * BLOCK * max(map(_blocks, cells))
     threads = str(len(cores))
     command = [binaries / "llama-server", "--model", out, "--alias", MODEL_NAME, "--parallel", slots]
-    command += ["--ctx-size", context, "--threads", threads, "--threads-batch", threads, "--cpu-strict", 1]
-    # Weights in memory of its own, as vLLM has them, so that what it holds can be compared.
-    command += ["--cpu-range", f"{min(cores)}-{max(cores)}", "--load-mode", "none", "--sse-ping-interval", -1]
-    return Contender(name, tuple(map(str, command)), {}, out, _gguf_bytes(out))
+    command += ["--ctx-size", context, "--threads", threads, "--threads-batch", threads]
+    # Weights in memory of its own, as vLLM has them, so that what it holds can be compared; and vLLM's client loses the
+    # answer that comes after a ping.
+    command += ["--load-mode", "none", "--sse-ping-interval", -1]
+    # Its own options bind every thread but the one that computes most.
+    return Contender(name, tuple(map(str, command)), {}, out, _gguf_bytes(out), cores=cores)
 
 
 def _gguf_bytes(path: Path) -> int:
@@ -336,7 +340,8 @@ def measure(
         for contender in contenders:
             say(f"start {contender.name}")
             _read_files(contender.path)  # so that every server loads from the page cache
-            server = servers[contender.name] = stack.enter_context(serving(contender.command, contender.env))
+            with bound_to(contender.cores):
+                server = servers[contender.name] = stack.enter_context(serving(contender.command, contender.env))
             yield {
                 "benchmark": "serving",
                 "contender": contender.name,
@@ -367,6 +372,18 @@ def measure(
                     **settings,
                 }
     say("done")
+
+
+@contextlib.contextmanager
+def bound_to(cores: Sequence[int] | None) -> Iterator[None]:
+    """Processes that are started in the block run on these cores; None changes nothing."""
+    before = os.sched_getaffinity(0)
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def bench_offline(
@@ -405,18 +422,6 @@ def bench_offline(
                 "output_tokens_per_s": cell.batch * cell.output_tokens / seconds,
                 **settings,
             }
-
-
-def memory_bytes(pid: int) -> int:
-    """What a server's processes hold on the device: their proportional set sizes, or the GPU's memory in use."""
-    import psutil
-    import torch
-
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        return total - free
-    root = psutil.Process(pid)
-    return sum(process.memory_full_info().pss for process in [root, *root.children(recursive=True)])
 
 
 # What is printed.

@@ -1,0 +1,248 @@
+"""Ten minutes of everything at once: does the server of a plan stay what it was?
+
+A mixed plan of the lab model is served by a real `vllm serve`. `vllm bench serve` sends requests of random lengths
+without pause; beside it clients break their connections in the middle of an answer, and others send what no server
+should accept. The model in 16 bits is served beside it and gets the same malformed requests. Then: requests that were
+valid were all answered, malformed ones got from both servers the same status, memory did not grow, and the answers are
+those of the start, to the letter.
+
+    python -m benchmarks.soak --out benchmarks/results/soak-cpu.jsonl
+    python -m benchmarks.soak --table benchmarks/results/soak-cpu.jsonl
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.server import Server, memory_bytes, serving, vllm_command
+
+LAB = Path(__file__).parent / "lab"
+MODEL_NAME = "model"
+MINUTES = 10
+MAX_MODEL_LEN = 512
+PROMPTS = 16
+MAX_TOKENS = 24
+ABORTERS = 2
+SAMPLE_S = 5
+MOST_GROWTH = 0.01
+"""Of the memory in the last third of the time over that in the second: caches fill in the first."""
+VALID = {"model": MODEL_NAME, "prompt": "The", "max_tokens": 4, "temperature": 0}
+MALFORMED: dict[str, bytes] = {
+    "no JSON": b"{",
+    "nothing": b"",
+    "a list": b"[]",
+    **{
+        what: json.dumps(VALID | change).encode()
+        for what, change in {
+            "an unknown model": {"model": "another"},
+            "a negative number of tokens": {"max_tokens": -1},
+            "more tokens than the model has room for": {"max_tokens": 10**6},
+            "a prompt that is too long": {"prompt": "word " * 4 * MAX_MODEL_LEN},
+            "a number as prompt": {"prompt": 7},
+            "tokens outside of the vocabulary": {"prompt": [10**6]},
+            "a temperature in words": {"temperature": "hot"},
+            "a negative temperature": {"temperature": -1},
+            "too many log-probabilities": {"logprobs": 10**4},
+            "a broken expression": {"structured_outputs": {"regex": "("}},
+            "no samples": {"n": 0},
+        }.items()
+    },
+}
+
+
+def make_checkpoint(work: Path) -> Path:
+    """The lab model with every bitwidth in it."""
+    from taq_vllm.allocate import Request, allocate
+    from taq_vllm.checkpoint import Calibration, quantize_model
+    from taq_vllm.model_files import ModelFiles
+    from taq_vllm.scoring import baseline
+
+    files, out = ModelFiles(LAB / "model"), work / "checkpoint"
+    plan = allocate(files, baseline(files, "random"), Request("7bits", pins=("layers.3.self_attn.v_proj=16",)))
+    quantize_model(files, plan, out, Calibration(method="rtn"))
+    return out
+
+
+def serve_lab(model: Path, plugins: str) -> Any:
+    """A server of the lab model or of its plan."""
+    arguments = ["--served-model-name", MODEL_NAME, "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager"]
+    arguments += ["--kv-cache-memory-bytes", str(1 << 28), "--disable-uvicorn-access-log"]
+    env = {"VLLM_PLUGINS": plugins, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    return serving(vllm_command(model, arguments), env | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"})
+
+
+def answers(server: Server) -> list[str]:
+    """Greedy completions, one at a time."""
+    lines = (LAB / "tasks/trivia/test.jsonl").read_text().splitlines()[:PROMPTS]
+    return [
+        server.client.completions.create(
+            model=MODEL_NAME, prompt=json.loads(line)["prompt"], max_tokens=MAX_TOKENS, temperature=0
+        )
+        .choices[0]
+        .text
+        for line in lines
+    ]
+
+
+class Load:
+    """What is done to a server until a time has come, and what came of it."""
+
+    def __init__(self, server: Server, reference: Server, end: float, work: Path) -> None:
+        self.server, self.reference, self.end, self.work = server, reference, end, work
+        self.completed = self.failed = self.aborted = 0
+        self.statuses: dict[str, Counter[str]] = {what: Counter() for what in MALFORMED}
+        self.memory: list[int] = []
+
+    async def run(self) -> None:
+        """All at once."""
+        import httpx
+
+        async with httpx.AsyncClient(timeout=60) as http:
+            aborters = [self._abort(http, index) for index in range(ABORTERS)]
+            await asyncio.gather(self._bench(), self._send_malformed(http), self._watch_memory(), *aborters)
+
+    async def _bench(self) -> None:
+        """`vllm bench serve` with other lengths and another seed each time."""
+        vllm = str(Path(sys.executable).parent / "vllm")
+        out = self.work / "bench.json"
+        round_ = 0
+        while time.monotonic() < self.end:
+            round_ += 1
+            command = [vllm, "bench", "serve", "--base-url", self.server.url, "--model", MODEL_NAME]
+            command += ["--tokenizer", str(LAB / "model"), "--dataset-name", "random", "--seed", str(round_)]
+            command += ["--random-input-len", "128", "--random-output-len", "64", "--random-range-ratio", "0.9"]
+            command += ["--num-prompts", "400", "--max-concurrency", "12", "--temperature", "0", "--disable-tqdm"]
+            command += ["--save-result", "--result-dir", str(out.parent), "--result-filename", out.name]
+            quiet = {"stdout": asyncio.subprocess.DEVNULL, "stderr": asyncio.subprocess.DEVNULL}
+            process = await asyncio.create_subprocess_exec(*command, **quiet)
+            if await process.wait():
+                raise RuntimeError(f"vllm bench serve ended with {process.returncode}")
+            found = json.loads(out.read_text())
+            out.unlink()
+            self.completed += found["completed"]
+            self.failed += found["failed"]
+
+    async def _abort(self, http: Any, index: int) -> None:
+        """Requests for long answers whose connection is closed after one to eight chunks."""
+        while time.monotonic() < self.end:
+            body = VALID | {"prompt": f"{index} {self.aborted}", "max_tokens": 256, "stream": True, "ignore_eos": True}
+            async with http.stream("POST", f"{self.server.url}/v1/completions", json=body) as response:
+                if response.status_code != 200:
+                    self.failed += 1
+                lines, wanted = 0, 1 + self.aborted % 8
+                async for _ in response.aiter_lines():
+                    lines += 1
+                    if lines == wanted:
+                        break
+            self.aborted += 1
+            await asyncio.sleep(0.2)
+
+    async def _send_malformed(self, http: Any) -> None:
+        headers = {"content-type": "application/json"}
+        while time.monotonic() < self.end:
+            for what, body in MALFORMED.items():
+                pair = [
+                    (await http.post(f"{server.url}/v1/completions", content=body, headers=headers)).status_code
+                    for server in (self.server, self.reference)
+                ]
+                self.statuses[what][f"{pair[0]} {pair[1]}"] += 1
+            await asyncio.sleep(1)
+
+    async def _watch_memory(self) -> None:
+        while time.monotonic() < self.end:
+            self.memory.append(await asyncio.to_thread(memory_bytes, self.server.pid))
+            await asyncio.sleep(SAMPLE_S)
+
+
+def measure(work: Path, minutes: float) -> dict[str, Any]:
+    """The result line."""
+    from benchmarks.provenance import provenance
+
+    checkpoint = make_checkpoint(work)
+    with serve_lab(checkpoint, "taq") as server, serve_lab(LAB / "model", "") as reference:
+        before = answers(server)
+        load = Load(server, reference, time.monotonic() + 60 * minutes, work)
+        asyncio.run(load.run())
+        after = answers(server)
+    return {
+        "benchmark": "soak",
+        "minutes": minutes,
+        "completed": load.completed,
+        "failed": load.failed,
+        "aborted": load.aborted,
+        "malformed": {what: dict(counts) for what, counts in load.statuses.items()},
+        "memory_bytes": load.memory,
+        "answers": PROMPTS,
+        "answers_equal": sum(a == b for a, b in zip(before, after, strict=True)),
+        **provenance(),
+    }
+
+
+def growth(line: Mapping[str, Any]) -> float:
+    """Mean memory in the last third of the time over that in the second, less 1."""
+    samples = line["memory_bytes"]
+    third = len(samples) // 3
+    return mean(samples[-third:]) / mean(samples[third : 2 * third]) - 1
+
+
+def requirements(line: Mapping[str, Any]) -> dict[str, bool]:
+    """What must hold, and whether it does."""
+    pairs = [pair.split() for counts in line["malformed"].values() for pair in counts]
+    return {
+        "no valid request failed": line["failed"] == 0 and line["completed"] > 0,
+        "malformed requests got from both servers the same status": all(ours == theirs for ours, theirs in pairs),
+        "and none of 500 and more": all(int(ours) < 500 for ours, _ in pairs),
+        f"memory grew by at most {MOST_GROWTH:.0%} ({growth(line):+.2%})": growth(line) <= MOST_GROWTH,
+        "the answers at the end are those of the start": line["answers_equal"] == line["answers"],
+    }
+
+
+def render(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """A table of the malformed requests, and a sentence per requirement."""
+    from rich.table import Table
+
+    (line,) = lines
+    table = Table(
+        title=f"{line['minutes']:g} minutes: {line['completed']} requests of random lengths answered, {line['failed']} "
+        f"failed, {line['aborted']} broken off by the client; memory {min(line['memory_bytes']) / 1e6:.0f} to "
+        f"{max(line['memory_bytes']) / 1e6:.0f} MB"
+    )
+    for column in ("malformed request", "sent", "status", "from the 16-bit server"):
+        table.add_column(column, justify="left" if column == "malformed request" else "right")
+    for what, counts in line["malformed"].items():
+        ours, theirs = (", ".join(sorted({pair.split()[side] for pair in counts})) for side in (0, 1))
+        table.add_row(what, str(sum(counts.values())), ours, theirs)
+    return [table, *(f"{sentence}: {'yes' if holds else 'NO'}" for sentence, holds in requirements(line).items())]
+
+
+def main() -> None:
+    """Measure and print, or print what was measured; exit 1 if something does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="where the line goes")
+    parser.add_argument("--work", type=Path, default=Path(".bench/soak"), help="the checkpoint")
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only print the table of this line")
+    arguments = parser.parse_args()
+    from rich.console import Console
+
+    if arguments.table:
+        lines = [json.loads(line) for line in arguments.table.read_text().splitlines()]
+    else:
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        lines = [measure(arguments.work, arguments.minutes)]
+    if arguments.out:
+        arguments.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for part in render(lines):
+        Console(width=160).print(part, highlight=False)
+    sys.exit(0 if all(requirements(lines[0]).values()) else 1)
+
+
+if __name__ == "__main__":
+    main()
