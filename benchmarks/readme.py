@@ -128,6 +128,15 @@ def fleet_table(lines: list[Line]) -> str:
     return "\n".join([title + _markdown(table), "", *(f"- {sentence}" for sentence in sentences)])
 
 
+def soak_table(lines: list[Line]) -> str:
+    """What a server is after ten minutes of mixed load."""
+    from benchmarks.soak import render
+
+    table, *sentences = render(lines)
+    title = "**Ten minutes of mixed load** (`python -m benchmarks.soak`): "
+    return "\n".join([title + _markdown(table), "", *(f"- {sentence}" for sentence in sentences)])
+
+
 def large_table(lines: list[Line]) -> str:
     """Models larger than what they may take in memory."""
     from benchmarks.large import render
@@ -211,6 +220,7 @@ SECTIONS: dict[str, Callable[[list[Line]], str]] = {
     "planning.jsonl": planning_table,
     "large-cpu.jsonl": large_table,
     "fleet-cpu.jsonl": fleet_table,
+    "soak-cpu.jsonl": soak_table,
 }
 
 
