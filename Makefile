@@ -17,6 +17,8 @@ export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 # GiB of KV cache per CPU engine. vLLM's own default takes a share of the whole machine.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
+# Dozens of processes import torch and vLLM here: without bytecode each would compile them again.
+unexport PYTHONDONTWRITEBYTECODE
 # Threads that wait should not spin: with other work on the machine, spinning made small models ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 

@@ -1,9 +1,12 @@
-"""How much of this machine's memory a process can have."""
+"""How much of this machine's memory a process can have: what the machine has, or its container (cgroup v2) allows."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 _MEMINFO = Path("/proc/meminfo")
+_OWN_CGROUP = Path("/proc/self/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def available_bytes() -> int:
@@ -11,6 +14,21 @@ def available_bytes() -> int:
 
     Free memory alone says little: after a model's files were read they fill most of it, as long as nobody else asks.
     """
+    return min([_machine_bytes(), *(max(0, limit - used) for limit, used in _cgroup_limits())])
+
+
+def total_bytes() -> int:
+    """All memory of the machine, or as much as the container may use."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([machine, *(limit for limit, _ in _cgroup_limits())])
+
+
+def available_share() -> float:
+    """What is available as a share of all memory."""
+    return available_bytes() / total_bytes()
+
+
+def _machine_bytes() -> int:
     if _MEMINFO.is_file():
         for line in _MEMINFO.read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -19,6 +37,17 @@ def available_bytes() -> int:
     return os.sysconf(free) * os.sysconf("SC_PAGE_SIZE")
 
 
-def available_share() -> float:
-    """The same as a share of all memory."""
-    return available_bytes() / (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+def _cgroup_limits() -> Iterator[tuple[int, int]]:
+    """(limit, used without page cache that can be dropped) of this process's group and of those it lies in."""
+    lines = _OWN_CGROUP.read_text(encoding="utf-8").splitlines() if _OWN_CGROUP.is_file() else []
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
+    if own is None:
+        return
+    for group in (_CGROUPS / own, *(_CGROUPS / own).parents):
+        limit = group / "memory.max"
+        if limit.is_file() and (value := limit.read_text(encoding="ascii").strip()) != "max":
+            stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+            used = int((group / "memory.current").read_text(encoding="ascii")) - int(stat["inactive_file"])
+            yield int(value), used
+        if group == _CGROUPS:
+            return

@@ -119,6 +119,7 @@ class TestSpec:
             ({"tasks": {"a": {"checkpoint": "x", "memory": 1, "devices": ["0"], "arguments": ["-tp", "2"]}}}, "2 GPUs"),
             ({"tasks": {"endpoint": {"checkpoint": "x", "memory": 0.5}}}, "name it otherwise"),
             ({"host": "::1", "tasks": {"a": {"checkpoint": "x", "memory": 0.5}}}, "IPv4"),
+            ({"version": 2, "tasks": {"a": {"checkpoint": "x", "memory": 0.5}}}, "version: Input should be 1"),
             ({"port": 65535, "tasks": {"a": {"checkpoint": "x", "memory": 0.5}}}, "give a smaller"),
         ],
     )

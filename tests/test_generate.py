@@ -1,13 +1,11 @@
 """Greedy outputs against transformers' own, whatever the batch, and the shortcut against generating."""
 
-import os
-
 import pytest
 import torch
 from tiny_models import make_tiny
 from transformers import AutoModelForCausalLM
 
-from taq_vllm import memory, stream
+from taq_vllm import stream
 from taq_vllm.generate import greedy, greedy_given
 
 TOKENS = 12
@@ -89,17 +87,3 @@ def test_logits_are_made_a_few_rows_at_a_time_whatever_the_vocabulary(model, mon
         handle.remove()
     assert max(rows) == 5
     assert sum(rows) == len(PROMPTS) * TOKENS
-
-
-def test_available_memory_counts_what_the_page_cache_gives_back(tmp_path, monkeypatch):
-    file = tmp_path / "meminfo"
-    file.write_text("MemTotal: 4000 kB\nMemFree: 10 kB\nMemAvailable: 3000 kB\nBuffers: 5 kB\n")
-    monkeypatch.setattr(memory, "_MEMINFO", file)
-    assert memory.available_bytes() == 3000 * 1024
-    file.write_text("MemTotal: 4000 kB\nMemFree: 10 kB\n")  # an old kernel; other systems have no such file
-    everything = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for _ in range(2):
-        assert 10 * 1024 < memory.available_bytes() <= everything
-        file.unlink(missing_ok=True)
-    monkeypatch.undo()
-    assert 0 < memory.available_share() <= 1

@@ -16,6 +16,7 @@ from engines import engine, in_a_process
 from plans import make_plan, mixed
 from tiny_models import LAB_MODEL, make_tiny
 from vllm import SamplingParams
+from vllm.platforms import current_platform
 from vllm.sampling_params import StructuredOutputsParams
 
 from taq_vllm.allocate import Request, allocate
@@ -174,6 +175,22 @@ def test_two_stages_give_the_same_texts(checkpoint, plain, tmp_path):
         import json
         from test_server_features import ask, lab_engine, texts
         with lab_engine({str(checkpoint)!r}, pipeline_parallel_size=2) as llm:
+            open({str(tmp_path / "out.json")!r}, "w").write(json.dumps(texts(ask(llm))))
+    """
+    in_a_process(code, tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert json.loads((tmp_path / "out.json").read_text()) == plain[0]
+
+
+@pytest.mark.engine
+@pytest.mark.feature("Ray executor", "same texts")
+def test_ray_workers_give_the_same_texts(checkpoint, plain, tmp_path):
+    if not current_platform.ray_device_key:
+        pytest.skip("vLLM has no Ray workers on a CPU")
+    pytest.importorskip("ray", reason="Ray is not installed")
+    code = f"""
+        import json
+        from test_server_features import ask, lab_engine, texts
+        with lab_engine({str(checkpoint)!r}, distributed_executor_backend="ray") as llm:
             open({str(tmp_path / "out.json")!r}, "w").write(json.dumps(texts(ask(llm))))
     """
     in_a_process(code, tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")

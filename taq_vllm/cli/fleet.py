@@ -10,7 +10,7 @@ from rich.table import Table
 from taq_vllm.cli.options import Json, out, print_json
 
 if TYPE_CHECKING:
-    from taq_vllm.fleet.memory import Need
+    from taq_vllm.fleet.memory import ServerMemory
 
 fleet_app = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -112,7 +112,7 @@ def render(
         raise typer.BadParameter(f"got --target {target}; there are k8s and ray")
 
 
-def _print_needs(needs: "dict[str, Need]") -> None:
+def _print_needs(needs: "dict[str, ServerMemory]") -> None:
     table = Table(title="memory")
     for column in ("task", "servers", "weights, GB", "KV cache, GB", "tokens in it", "a server, GB"):
         table.add_column(column, justify="left" if column == "task" else "right")

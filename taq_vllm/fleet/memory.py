@@ -11,10 +11,8 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import psutil
-
-from taq_vllm.fleet.spec import Fleet, Member
-from taq_vllm.memory import available_bytes
+from taq_vllm.fleet.spec import Fleet, TaskServers
+from taq_vllm.memory import available_bytes, total_bytes
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import PLAN_FILE, Plan
 
@@ -45,7 +43,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Need:
+class ServerMemory:
     """What one server of a task takes; of several GPUs, on each of them.
 
     Attributes:
@@ -87,10 +85,10 @@ def this_device() -> Device:
         if gpus:
             total, free = (min(int(gpu[place]) for gpu in gpus) * _MIB for place in (1, 2))
             return Device("cuda", gpus[0][0], total, free, cores)
-    return Device("cpu", "this machine", psutil.virtual_memory().total, available_bytes(), cores)
+    return Device("cpu", "this machine", total_bytes(), available_bytes(), cores)
 
 
-def needs(fleet: Fleet, device: Device) -> dict[str, Need]:
+def needs(fleet: Fleet, device: Device) -> dict[str, ServerMemory]:
     """What each task's servers take.
 
     Raises:
@@ -102,7 +100,7 @@ def needs(fleet: Fleet, device: Device) -> dict[str, Need]:
     return found
 
 
-def _need(name: str, member: Member, device: Device) -> Need:
+def _need(name: str, member: TaskServers, device: Device) -> ServerMemory:
     files = ModelFiles(member.checkpoint)
     config = files.config
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
@@ -118,7 +116,7 @@ def _need(name: str, member: Member, device: Device) -> Need:
     cache = share - weights - ENGINE_BYTES
     if device.kind == "cpu":
         cache = cache // GIB * GIB
-    need = Need(name, member.replicas, weights, share, max(0, cache), token_bytes, longest)
+    need = ServerMemory(name, member.replicas, weights, share, max(0, cache), token_bytes, longest)
     least = longest * token_bytes
     if need.cache_bytes < least or need.cache_bytes == 0:
         whole = -(-least // GIB) * GIB if device.kind == "cpu" else least
@@ -137,7 +135,7 @@ def _need(name: str, member: Member, device: Device) -> Need:
     return need
 
 
-def _check_together(fleet: Fleet, found: Mapping[str, Need], device: Device) -> None:
+def _check_together(fleet: Fleet, found: Mapping[str, ServerMemory], device: Device) -> None:
     """Every GPU has to hold its part of the servers that `devices` puts on it; a CPU holds everything."""
     loads: dict[str, int] = {}
     for name, member in fleet.tasks.items():

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from taq_vllm.fleet.services import serve_arguments
-from taq_vllm.fleet.spec import ENDPOINT, Fleet, Member, option_name
+from taq_vllm.fleet.spec import ENDPOINT, Fleet, TaskServers, option_name
 
 MODELS = "/models"
 _PORT = 8000
@@ -121,7 +121,7 @@ def _engine_arguments(arguments: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def _checkpoint(task: str, member: Member, volume_claim: str | None) -> str:
+def _checkpoint(task: str, member: TaskServers, volume_claim: str | None) -> str:
     if not Path(member.checkpoint).is_dir():
         return member.checkpoint
     if volume_claim is None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from taq_vllm.fleet.memory import GIB, Device, Need
-from taq_vllm.fleet.spec import ENDPOINT, Fleet, Member
+from taq_vllm.fleet.memory import GIB, Device, ServerMemory
+from taq_vllm.fleet.spec import ENDPOINT, Fleet, TaskServers
 from taq_vllm.plan import PLAN_FILE
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -63,7 +63,7 @@ def addresses(fleet: Fleet) -> list[Address]:
     return [*servers, Address(ENDPOINT, fleet.port, fleet.local_host)]
 
 
-def services(fleet: Fleet, needs: Mapping[str, Need], device: Device) -> list[Service]:
+def services(fleet: Fleet, needs: Mapping[str, ServerMemory], device: Device) -> list[Service]:
     """All processes, in the order of `addresses`.
 
     Args:
@@ -83,20 +83,20 @@ def services(fleet: Fleet, needs: Mapping[str, Need], device: Device) -> list[Se
     return [*found, Service(endpoint, command, {})]
 
 
-def serve_arguments(member: Member) -> tuple[str, ...]:
+def serve_arguments(member: TaskServers) -> tuple[str, ...]:
     """Of `vllm serve`, as far as they are the same wherever it runs, but for the checkpoint and the model's name."""
     # A plan beside 16-bit weights is followed only if it is asked for; a written checkpoint is recognised anyway.
     planned = (Path(member.checkpoint) / PLAN_FILE).is_file() and member.argument("quantization") is None
     return (*(("--quantization", "taq") if planned else ()), *member.arguments)
 
 
-def _serve(member: Member, task: str, device: Device) -> tuple[str, ...]:
+def _serve(member: TaskServers, task: str, device: Device) -> tuple[str, ...]:
     share = ("--gpu-memory-utilization", f"{member.memory:g}") if device.kind == "cuda" else ()
     command = (str(SCRIPTS / "vllm"), "serve", member.checkpoint, "--served-model-name", task)
     return (*command, *serve_arguments(member), *share)
 
 
-def _environment(member: Member, replica: int, need: Need, device: Device, servers: int) -> dict[str, str]:
+def _environment(member: TaskServers, replica: int, need: ServerMemory, device: Device, servers: int) -> dict[str, str]:
     if device.kind == "cuda":
         ours = {"CUDA_VISIBLE_DEVICES": member.devices[replica]} if member.devices else {}
     else:

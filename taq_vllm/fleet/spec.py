@@ -1,5 +1,6 @@
 """`fleet.yaml`: which checkpoint answers for which task, with how much of the device's memory.
 
+version: 1
 port: 8000                       # of the endpoint, on loopback unless `host` says otherwise
 tasks:
   trivia:                        # the model's name in requests
@@ -13,7 +14,7 @@ tasks:
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -41,7 +42,7 @@ def option_name(argument: str) -> str | None:
     return _SHORT.get(short) if argument.startswith("-") else None
 
 
-class Member(Record):
+class TaskServers(Record):
     """One task's servers."""
 
     checkpoint: str
@@ -65,7 +66,7 @@ class Member(Record):
         return arguments
 
     @model_validator(mode="after")
-    def _devices_for_all(self) -> "Member":
+    def _devices_for_all(self) -> "TaskServers":
         if self.devices and len(self.devices) != self.replicas:
             raise ValueError(f"got {len(self.devices)} devices for {self.replicas} replicas; give one for each")
         self.number("max-model-len")
@@ -105,10 +106,12 @@ class Member(Record):
 class Fleet(Record):
     """All tasks, and the endpoint in front of them."""
 
+    version: Literal[1] = 1
+    """Of the file's format; may be left out."""
     host: str = "127.0.0.1"
     """Where the endpoint listens; the servers behind it are always on loopback."""
     port: int = Field(default=8000, ge=1, le=65535)
-    tasks: dict[TaskName, Member] = Field(min_length=1)
+    tasks: dict[TaskName, TaskServers] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _reachable(self) -> "Fleet":
@@ -165,6 +168,6 @@ def load_fleet(path: str | Path) -> Fleet:
     return fleet.model_copy(update={"tasks": tasks})
 
 
-def _with_folder(member: Member, base: Path) -> Member:
+def _with_folder(member: TaskServers, base: Path) -> TaskServers:
     folder = (base / member.checkpoint).resolve()
     return member.model_copy(update={"checkpoint": str(folder)}) if folder.is_dir() else member
