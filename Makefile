@@ -57,7 +57,7 @@ endif
 test-releases: $(addprefix test-release-,$(RELEASES))
 test-release-%:
 	@"$(PYTHON)" requirements/setup_venv.py .venv-vllm-$* $(LOCK) $(ALIAS) --release $* --project .
-	.venv-vllm-$*/bin/python -m pytest -q -ra -m release tests/test_plugin_serving.py tests/test_plugin_reload.py
+	.venv-vllm-$*/bin/python -m pytest -q -ra -m release tests/test_plugin_*.py
 
 lint: setup
 	$(PY) -m ruff check .

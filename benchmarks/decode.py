@@ -18,7 +18,6 @@ Engines run eagerly and in-process (no server in front); one thread per core giv
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -28,7 +27,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.random_model import ONE_BILLION, TINY, Shape, make_model, make_prompts
+from benchmarks.measuring import Progress, read_files, status_bytes
+from benchmarks.random_model import ONE_BILLION, TINY, Shape, make_model, make_prompts, quantize_cached, w4a16
 
 BUDGET = "5.0bits"
 CONTENDERS = ("bf16", "stock-w4a16", "plan-5bit")  # the plan last
@@ -58,7 +58,6 @@ PROFILE_THRESHOLD = 0.01
 WARM_UP_TOKENS = 4
 FLOOR_BUFFER_BYTES = 1 << 30  # several times any cache; longer passes walk it again
 KV_CACHE_BYTES = 1 << 28  # the longest batch needs 8 * 96 tokens, the longest prompt 1024
-ANSWER_TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)
@@ -108,21 +107,13 @@ def make_contenders(shape: Shape, work: Path) -> dict[str, Path]:
         Checkpoint folder by contender.
     """
     from taq_vllm.allocate import Request, allocate
-    from taq_vllm.checkpoint import Calibration, quantize_model
     from taq_vllm.model_files import ModelFiles
     from taq_vllm.scoring import baseline
 
     files = ModelFiles(make_model(shape, work))
-    # Symmetric, as llm-compressor's W4A16 preset; the plan's 4 bits are this project's default, asymmetric.
-    uniform = allocate(files, None, Request("4.2bits", "uniform", symmetric={4: True, 8: True, 16: True}))
     planned = allocate(files, baseline(files, "random"), Request(BUDGET))
-    for name, plan in (("stock-w4a16", uniform), ("plan-5bit", planned)):
-        folder = files.path.with_name(name)
-        try:
-            quantize_model(files, plan, folder, Calibration(method="rtn"))
-        except ValueError:  # what is there was made by another version of this project
-            shutil.rmtree(folder)
-            quantize_model(files, plan, folder, Calibration(method="rtn"))
+    for name, plan in (("stock-w4a16", w4a16(files)), ("plan-5bit", planned)):
+        quantize_cached(files, plan, files.path.with_name(name))
     return {name: files.path.with_name(name) for name in CONTENDERS}
 
 
@@ -340,21 +331,14 @@ def _tensor_bytes(model: Any) -> int:
 
 def _private_bytes() -> int:
     """Anonymous memory of this process: without files that are mapped, which the kernel can drop."""
-    return _status_bytes("RssAnon")
+    return status_bytes("RssAnon")
 
 
 def _peak_bytes() -> int:
     """The most that was held so far: memory of the GPU, else this process's, files that are mapped included."""
     import torch
 
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status_bytes("VmHWM")
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}; measure on Linux")
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status_bytes("VmHWM")
 
 
 def _child_engine(spec: dict[str, Any]) -> None:
@@ -501,7 +485,7 @@ def measure(shape: Shape, workload: Workload, work: Path, cores: Sequence[int]) 
     """
     from benchmarks.provenance import provenance
 
-    say = _Progress()
+    say = Progress()
     say("checkpoints")
     paths = make_contenders(shape, work)
     expected = expected_bytes(paths)
@@ -523,7 +507,7 @@ def measure(shape: Shape, workload: Workload, work: Path, cores: Sequence[int]) 
         loaded, found = {}, {}
         for name, path in paths.items():
             say(f"load {name}")
-            _read_files(path)  # so that every engine loads from the page cache
+            read_files(path)
             ours = name == "plan-5bit"
             spec = {"path": str(path), "engine": {"quantization": "taq"} if ours else {}}
             plugins = {"VLLM_PLUGINS": "taq" if ours else ""}
@@ -741,23 +725,6 @@ def requirements(lines: Iterable[dict[str, Any]]) -> list[str]:
 
 def _verdict(holds: bool, sentence: str) -> str:
     return f"{'holds ' if holds else 'MISSES'} {sentence}"
-
-
-class _Progress:
-    """What is being done, with the time since the start, on stderr."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-
-    def __call__(self, step: str) -> None:
-        print(f"{time.monotonic() - self._started:6.0f} s  {step}", file=sys.stderr, flush=True)
-
-
-def _read_files(folder: Path) -> None:
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as stream:
-            while stream.read(1 << 24):
-                pass
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def make_fleet(work: Path) -> Path:
     from taq_vllm.scoring import baseline
 
     files, share = ModelFiles(LAB / "model"), _SERVER_BYTES / this_device().total_bytes
-    lines = [f"port: {_PORT}", "tasks:"]
+    lines = ["version: 1", f"port: {_PORT}", "tasks:"]
     for task, edges in zip(TASKS, (0, 1, 2), strict=True):
         out = work / task
         plan = allocate(files, baseline(files, "random"), Request("7bits", edges=edges, edge_bits=8))

@@ -1,6 +1,7 @@
 """Llama-shaped models with random weights: as fast and as large as real ones, and no more to download."""
 
 import itertools
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
+
+    from taq_vllm.model_files import ModelFiles
+    from taq_vllm.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ CHARACTERS_FROM = 259
 def make_model(shape: Shape, work: Path) -> Path:
     """A random model of this shape with a tokenizer in `work`, bf16, untied; one that is there is left as it is."""
     folder = work / shape.name / "bf16"
-    if folder.exists():
+    if (folder / "tokenizer.json").exists():
         return folder
     import torch
     from transformers import LlamaForCausalLM
@@ -42,11 +46,30 @@ def make_model(shape: Shape, work: Path) -> Path:
     torch.manual_seed(0)
     partial = folder.with_name(f".{folder.name}.partial")
     model = LlamaForCausalLM._from_config(config_of(shape), dtype=torch.bfloat16)
-    model.lm_head.weight.data[:CHARACTERS_FROM] = 0  # never the favourite: what is generated is text
+    model.lm_head.weight.data[:CHARACTERS_FROM] = 0  # never the argmax: what is generated is text
     model.save_pretrained(partial)
     make_tokenizer(shape.vocabulary, partial)
+    shutil.rmtree(folder, ignore_errors=True)  # of a version that made no tokenizer
     partial.rename(folder)
     return folder
+
+
+def w4a16(files: "ModelFiles") -> "Plan":
+    """Uniform 4 bits, symmetric as llm-compressor's W4A16 preset; this project's default is asymmetric."""
+    from taq_vllm.allocate import Request, allocate
+
+    return allocate(files, None, Request("4.2bits", "uniform", symmetric={4: True, 8: True, 16: True}))
+
+
+def quantize_cached(files: "ModelFiles", plan: "Plan", folder: Path) -> None:
+    """Round a model to a plan, unless that is what the folder holds."""
+    from taq_vllm.checkpoint import Calibration, quantize_model
+
+    try:
+        quantize_model(files, plan, folder, Calibration(method="rtn"))
+    except ValueError:  # what is there was made of another model, plan or version of this project
+        shutil.rmtree(folder)
+        quantize_model(files, plan, folder, Calibration(method="rtn"))
 
 
 def config_of(shape: Shape) -> "LlamaConfig":

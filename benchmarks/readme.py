@@ -213,6 +213,7 @@ SECTIONS: dict[str, Callable[[list[Line]], str]] = {
     "demo-cpu.jsonl": demo_table,
     "parity-cpu.jsonl": parity_table,
     "support-cpu.jsonl": support_table,
+    "serving-cpu.jsonl": serving_table,
     "serving-cpu-bf16.jsonl": serving_table,
     "decode-cpu.jsonl": decode_table,
     "decode-cpu-bf16.jsonl": decode_table,
@@ -258,7 +259,7 @@ def summary() -> str:
     if lines := read("serving-cpu-bf16.jsonl"):
         table, *sentences = serving.render(lines)
         holds = "\n".join(f"- {sentence}" for sentence in sentences)
-        parts.append(f"**Speed and memory on a CPU**, {_markdown(table)}\n\n{holds}")
+        parts.append(f"**Servers on a CPU**, {_markdown(table)}\n\n{holds}")
     if lines := read("decode-cpu-bf16.jsonl"):
         shown = ("contender", "tokens/s, batch 1", "tokens/s, batch 8", "share of floor", "memory MB", "load s")
         parts.append("**A decode step on a CPU**, without a server, " + _markdown(decode.render(lines)[0], shown))

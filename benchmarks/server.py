@@ -14,6 +14,8 @@ from pathlib import Path
 
 from openai import APIConnectionError, InternalServerError, OpenAI
 
+from benchmarks.measuring import status_bytes
+
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 30
 
@@ -90,15 +92,11 @@ def serving(command: Sequence[str], env: Mapping[str, str] | None = None) -> Ite
 
 
 def memory_bytes(pid: int) -> int:
-    """What a server's processes hold on the device: their proportional set sizes, or the GPU's memory in use."""
+    """Anonymous memory of a server's processes: without files that are mapped, which others may share."""
     import psutil
-    import torch
 
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        return total - free
     root = psutil.Process(pid)
-    return sum(process.memory_full_info().pss for process in [root, *root.children(recursive=True)])
+    return sum(status_bytes("RssAnon", process.pid) for process in [root, *root.children(recursive=True)])
 
 
 def ask(client: OpenAI, model: Path, prompt: str, max_tokens: int) -> str:

@@ -11,9 +11,10 @@ Then `vllm bench latency` and `vllm bench throughput` run once for every engine 
     python -m benchmarks.serving --out benchmarks/results/serving-cpu.jsonl
     python -m benchmarks.serving --table benchmarks/results/serving-cpu.jsonl
 
-On a CPU every engine computes with one thread per core of --cores; its HTTP front and the client have the other cores.
-vLLM runs eagerly: compiling takes minutes per engine here, on which the loads would wait.
-`--model llama-8B` has the shapes of Llama-3.1-8B, for a GPU. Where a step's time goes: `python -m benchmarks.decode`.
+On a CPU every engine computes with one thread per core of --cores. The client and the fronts of vLLM's servers have the
+other cores; llama.cpp's server is one process on the engine's cores, for its options do not bind its main thread. vLLM
+runs eagerly: compiling takes minutes per engine here, on which the loads would wait. `--model llama-8B` has the shapes
+of Llama-3.1-8B, for a GPU, where this has not been run. Where a step's time goes: `python -m benchmarks.decode`.
 """
 
 import argparse
@@ -22,18 +23,26 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.random_model import CHARACTERS_FROM, LLAMA_8B, ONE_BILLION, Shape, make_model, make_prompts
+from benchmarks.measuring import Progress, read_files
+from benchmarks.random_model import (
+    CHARACTERS_FROM,
+    LLAMA_8B,
+    ONE_BILLION,
+    Shape,
+    make_model,
+    make_prompts,
+    quantize_cached,
+    w4a16,
+)
 from benchmarks.server import Server, memory_bytes, serving, vllm_command
 
 LLAMACPP = Path(__file__).parents[1] / ".llamacpp"
@@ -45,8 +54,8 @@ BLOCK = 128
 """Tokens of a block of vLLM's KV cache on a CPU."""
 CHECKED_PROMPTS = 16
 CHECKED_TOKENS = 64
-MOST_OF_BLIND_GAP = 0.5
-"""How far below the model's favourite the chosen tokens may be, as a share of what a blind choice is below it.
+MAX_SHARE_OF_UNIFORM_GAP = 0.5
+"""How far the log-probability of the chosen tokens may be below the argmax, as a share of a uniform choice's gap.
 A wrong model costs all of it, 4 bits a quarter: random weights have no redundancy that rounding could use."""
 
 
@@ -66,9 +75,9 @@ class Cell:
 
 
 DECODE = Cell(1, 128, 128, 3)
-FIRST_TOKEN = Cell(1, 1024, 16, 2)
-SMALL_BATCH = Cell(8, 128, 32, 1)
-BATCH = Cell(32, 128, 32, 1)
+FIRST_TOKEN = Cell(1, 1024, 16, 3)
+SMALL_BATCH = Cell(8, 128, 32, 3)
+BATCH = Cell(32, 128, 32, 3)
 CELLS = (DECODE, FIRST_TOKEN, SMALL_BATCH, BATCH)
 LONG_CELLS = (Cell(8, 1024, 16, 1), Cell(32, 1024, 8, 1))
 QUICK_CELLS = (Cell(1, 16, 8, 2), Cell(4, 16, 8, 1))
@@ -99,7 +108,7 @@ MUST_HOLD = (
     Requirement(BATCH, "output_tokens_per_s", "bf16", 0.95),
     Requirement(FIRST_TOKEN, "first_tokens_per_s", "bf16", 0.95),
 )
-JUDGED = "plan-5bit"
+PLAN_UNDER_TEST = "plan-5bit"
 
 
 # The contenders.
@@ -142,41 +151,34 @@ def make_contenders(shape: Shape, work: Path, cells: Sequence[Cell], cores: Sequ
     from taq_vllm.scoring import baseline
 
     files = ModelFiles(make_model(shape, work))
-    # Symmetric, as llm-compressor's W4A16 preset; the plans' 4 bits are this project's default, asymmetric.
-    plans = {
-        "stock-w4a16": allocate(files, None, Request("4.2bits", "uniform", symmetric={4: True, 8: True, 16: True}))
-    }
+    plans = {"stock-w4a16": w4a16(files)}
     for name, budget in PLANS.items():
         plans[name] = allocate(files, baseline(files, "random"), Request(budget, pins=(HEAD_PIN,)))
-    contenders = [_vllm("bf16", files.path, shape, cells, cores)]
+    contenders = [vllm_contender("bf16", files.path, shape, cells, cores)]
     for name, plan in plans.items():
         folder = files.path.with_name(f"{name}-served")
-        _quantize(files, plan, folder)
-        contenders.append(_vllm(name, folder, shape, cells, cores))
+        quantize_cached(files, plan, folder)
+        contenders.append(vllm_contender(name, folder, shape, cells, cores))
     if (LLAMACPP / "build/bin/llama-server").exists() and cores is not None:
-        contenders += [_llamacpp(name, kind, files.path, cells, cores) for name, kind in GGUF.items()]
+        contenders += [llamacpp_contender(name, kind, files.path, cells, cores) for name, kind in GGUF.items()]
     return contenders
 
 
-def _quantize(files: Any, plan: Any, folder: Path) -> None:
-    from taq_vllm.checkpoint import Calibration, quantize_model
-
-    try:
-        quantize_model(files, plan, folder, Calibration(method="rtn"))
-    except ValueError:  # what is there was made by another version of this project
-        shutil.rmtree(folder)
-        quantize_model(files, plan, folder, Calibration(method="rtn"))
-
-
-def _vllm(name: str, folder: Path, shape: Shape, cells: Sequence[Cell], cores: Sequence[int] | None) -> Contender:
+def vllm_contender(
+    name: str, folder: Path, shape: Shape, cells: Sequence[Cell], cores: Sequence[int] | None
+) -> Contender:
+    """vLLM's server of a checkpoint, with a KV cache that holds the largest load."""
     from taq_vllm.model_files import ModelFiles
 
     per_token = 2 * 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads)  # k and v, 2 bytes each
     cache = per_token * max(c.batch * BLOCK * _blocks(c) for c in cells) + (64 << 20)
     engine = ["--kv-cache-memory-bytes", str(cache), "--max-model-len", str(BLOCK * max(map(_blocks, cells)))]
     engine.append("--enforce-eager")
+    if cores is None:  # all on one GPU at once
+        engine += ["--gpu-memory-utilization", str(round(0.9 / (2 + len(PLANS)), 2))]
     command = vllm_command(folder, [*engine, "--served-model-name", MODEL_NAME, "--disable-uvicorn-access-log"])
     env = {"VLLM_PLUGINS": "taq" if name in PLANS else "", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    env["VLLM_CPU_KVCACHE_SPACE"] = ""  # in whole GiB, and it would win over what is said here
     if cores is not None:
         env |= {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)), "OMP_NUM_THREADS": str(len(cores))}
     weights = sum(info.end - info.start for info in ModelFiles(folder).tensors.values())
@@ -189,9 +191,12 @@ def _blocks(cell: Cell) -> int:
     return math.ceil((cell.input_tokens + cell.output_tokens) / BLOCK)
 
 
-def _llamacpp(name: str, kind: str, model: Path, cells: Sequence[Cell], cores: Sequence[int]) -> Contender:
+def llamacpp_contender(name: str, kind: str, model: Path, cells: Sequence[Cell], cores: Sequence[int]) -> Contender:
     """llama.cpp's server with the same weights in one of its formats, converted and quantized by its own tools."""
-    full, out = model.with_name("bf16.gguf"), model.with_name(f"{kind}.gguf")
+    from taq_vllm.model_files import ModelFiles
+
+    version = ModelFiles(model).ref.fingerprint[:12]
+    full, out = (model.with_name(f"{stem}-{version}.gguf") for stem in ("bf16", kind))
     source, binaries = LLAMACPP / "vendor/llama.cpp", LLAMACPP / "build/bin"
     if not out.exists():
         if not full.exists():
@@ -210,7 +215,7 @@ def _llamacpp(name: str, kind: str, model: Path, cells: Sequence[Cell], cores: S
     # Weights in memory of its own, as vLLM has them, so that what it holds can be compared; and vLLM's client loses the
     # answer that comes after a ping.
     command += ["--load-mode", "none", "--sse-ping-interval", -1]
-    # Its own options bind every thread but the one that computes most.
+    # Its own options bind every thread but the main one, which computes.
     return Contender(name, tuple(map(str, command)), {}, out, _gguf_bytes(out), cores=cores)
 
 
@@ -239,7 +244,7 @@ def reference_logprobs(model: Path, prompts: Sequence[Sequence[int]]) -> Any:
 
 
 def check_choices(server: Server, name: str, tokenizer: Any, prompts: Sequence[Sequence[int]], logprobs: Any) -> float:
-    """Mean nats that the server's greedy first tokens are below the model's favourites.
+    """Mean gap in nats of the server's greedy first tokens to the unquantized model's argmax.
 
     Args:
         server: that is asked.
@@ -257,13 +262,13 @@ def check_choices(server: Server, name: str, tokenizer: Any, prompts: Sequence[S
         answer = server.client.completions.create(model=MODEL_NAME, prompt=text, max_tokens=1, temperature=0)
         chosen = tokenizer.encode(answer.choices[0].text)
         gaps.append((row.max() - row[chosen[0]]).item() if len(chosen) == 1 else math.inf)
-    blind = (logprobs.amax(-1) - logprobs.mean(-1)).mean().item()
+    uniform = (logprobs.amax(-1) - logprobs.mean(-1)).mean().item()
     gap = sum(gaps) / len(gaps)
-    if not gap <= MOST_OF_BLIND_GAP * blind:
+    if not gap <= MAX_SHARE_OF_UNIFORM_GAP * uniform:
         raise RuntimeError(
-            f"{name}: its first tokens are {gap:.2f} nats below the model's favourites on average, a blind choice is "
-            f"{blind:.2f} below, and {MOST_OF_BLIND_GAP:.0%} of that are allowed; it does not serve this model. "
-            "Nothing is timed before that is right."
+            f"{name}: its first tokens are {gap:.2f} nats below the model's argmax on average, a uniform choice is "
+            f"{uniform:.2f} below, and {MAX_SHARE_OF_UNIFORM_GAP:.0%} of that are allowed; it does not serve this "
+            "model. Nothing is timed before that is right."
         )
     return gap
 
@@ -330,25 +335,26 @@ def measure(
     """
     from transformers import AutoTokenizer
 
-    say = _Progress()
+    say = Progress()
     tokenizer = AutoTokenizer.from_pretrained(model)
     checked = make_prompts(CHECKED_PROMPTS, CHECKED_TOKENS, shape.vocabulary, seed=1, first=CHARACTERS_FROM)
     say("reference in transformers")
     logprobs = reference_logprobs(model, checked)
     with contextlib.ExitStack() as stack:
-        servers = {}
+        servers: dict[str, Server] = {}
         for contender in contenders:
             say(f"start {contender.name}")
-            _read_files(contender.path)  # so that every server loads from the page cache
+            read_files(contender.path)
+            on_device = device_bytes() if not settings["threads"] else 0
             with bound_to(contender.cores):
                 server = servers[contender.name] = stack.enter_context(serving(contender.command, contender.env))
             yield {
                 "benchmark": "serving",
                 "contender": contender.name,
                 "start_s": server.start_s,
-                "memory_bytes": memory_bytes(server.pid),
+                "memory_bytes": memory_bytes(server.pid) if settings["threads"] else device_bytes() - on_device,
                 "bytes_per_token": contender.bytes_per_token,
-                "nats_below_favourite": check_choices(server, contender.name, tokenizer, checked, logprobs),
+                "logprob_gap_to_argmax": check_choices(server, contender.name, tokenizer, checked, logprobs),
                 **settings,
             }
         for cell in cells:
@@ -374,6 +380,14 @@ def measure(
     say("done")
 
 
+def device_bytes() -> int:
+    """Memory of the GPU that is taken, by whomever."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 @contextlib.contextmanager
 def bound_to(cores: Sequence[int] | None) -> Iterator[None]:
     """Processes that are started in the block run on these cores; None changes nothing."""
@@ -394,7 +408,7 @@ def bench_offline(
     Yields:
         A line per engine and tool, with seconds per batch or output tokens per second.
     """
-    say = _Progress()
+    say = Progress()
     vllm = str(Path(sys.executable).parent / "vllm")
     for contender in contenders:
         if contender.engine_arguments is None:
@@ -409,9 +423,15 @@ def bench_offline(
             else:
                 command += ["--dataset-name", "random", "--random-input-len", str(cell.input_tokens)]
                 command += ["--random-output-len", str(cell.output_tokens), "--num-prompts", str(cell.batch)]
-            with (work / f"{contender.name}-{tool}.log").open("w") as log:
-                arguments = [*command, "--output-json", str(out)]
-                subprocess.run(arguments, env=os.environ | contender.env, stdout=log, stderr=log, check=True)
+            log = work / f"{contender.name}-{tool}.log"
+            command += ["--output-json", str(out)]
+            with log.open("w") as stream:
+                done = subprocess.run(
+                    command, env=os.environ | contender.env, stdout=stream, stderr=stream, check=False
+                )
+            if done.returncode:
+                tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+                raise RuntimeError(f"vllm bench {tool} of {contender.name} failed; the end of {log}:\n{tail}")
             found = json.loads(out.read_text())
             seconds = found["avg_latency" if tool == "latency" else "elapsed_time"]
             yield {
@@ -439,13 +459,13 @@ def ratios(lines: Sequence[Mapping[str, Any]], requirement: Requirement) -> list
                 return line[requirement.figure]
         return None
 
-    ours, theirs = figures(JUDGED), figures(requirement.contender)
+    ours, theirs = figures(PLAN_UNDER_TEST), figures(requirement.contender)
     if ours is None or theirs is None:
         return None
     scale = 1.0
     if requirement.per_byte:
         weights = {line["contender"]: line["bytes_per_token"] for line in lines if "bytes_per_token" in line}
-        scale = weights[JUDGED] / weights[requirement.contender]
+        scale = weights[PLAN_UNDER_TEST] / weights[requirement.contender]
     return [scale * a / b for a, b in zip(ours, theirs, strict=True)]
 
 
@@ -501,27 +521,10 @@ def render(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
     return [table, *requirements(lines)]
 
 
-class _Progress:
-    """What is being done, with the time since the start, on stderr."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-
-    def __call__(self, step: str) -> None:
-        print(f"{time.monotonic() - self._started:6.0f} s  {step}", file=sys.stderr, flush=True)
-
-
-def _read_files(path: Path) -> None:
-    for file in path.glob("*.safetensors") if path.is_dir() else [path]:
-        with file.open("rb") as stream:
-            while stream.read(1 << 24):
-                pass
-
-
 def main() -> None:
     """Measure, write one JSON line per result as soon as it is there, print the table made from them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serving-cpu.jsonl"))
+    parser.add_argument("--out", type=Path, help="where the lines go once all are there; until then beside it")
     parser.add_argument("--work", type=Path, default=Path(".bench"), help="checkpoints and logs, kept for the next run")
     parser.add_argument("--model", choices=(ONE_BILLION.name, LLAMA_8B.name), default=ONE_BILLION.name)
     parser.add_argument("--cores", default=str(max(os.sched_getaffinity(0))), help="of an engine on a CPU, as 1 or 0,1")
@@ -535,12 +538,18 @@ def main() -> None:
     if arguments.table:
         lines = [json.loads(line) for line in arguments.table.read_text().splitlines()]
     else:
-        lines = []
-        with arguments.out.open("w") as stream:
+        if not arguments.out:
+            parser.error("got neither --out nor --table; say where lines go, as benchmarks/results/serving-cpu.jsonl")
+        names = ("bf16", "stock-w4a16", *PLANS, *GGUF)
+        if unknown := set((arguments.contenders or "bf16").split(",")) - set(names):
+            parser.error(f"--contenders {', '.join(sorted(unknown))}: there are {', '.join(names)}")
+        lines, partial = [], arguments.out.with_suffix(".partial")
+        with partial.open("w") as stream:
             for line in run(arguments):
                 lines.append(line)
                 stream.write(json.dumps(line) + "\n")
                 stream.flush()
+        partial.rename(arguments.out)
     for part in render(lines):
         Console(width=200).print(part, highlight=False)
 

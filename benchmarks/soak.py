@@ -17,10 +17,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.random_model import quantize_cached
 from benchmarks.server import Server, memory_bytes, serving, vllm_command
 
 LAB = Path(__file__).parent / "lab"
@@ -60,21 +62,21 @@ MALFORMED: dict[str, bytes] = {
 def make_checkpoint(work: Path) -> Path:
     """The lab model with every bitwidth in it."""
     from taq_vllm.allocate import Request, allocate
-    from taq_vllm.checkpoint import Calibration, quantize_model
     from taq_vllm.model_files import ModelFiles
     from taq_vllm.scoring import baseline
 
     files, out = ModelFiles(LAB / "model"), work / "checkpoint"
     plan = allocate(files, baseline(files, "random"), Request("7bits", pins=("layers.3.self_attn.v_proj=16",)))
-    quantize_model(files, plan, out, Calibration(method="rtn"))
+    quantize_cached(files, plan, out)
     return out
 
 
-def serve_lab(model: Path, plugins: str) -> Any:
+def serve_lab(model: Path, plugins: str) -> AbstractContextManager[Server]:
     """A server of the lab model or of its plan."""
     arguments = ["--served-model-name", MODEL_NAME, "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager"]
     arguments += ["--kv-cache-memory-bytes", str(1 << 28), "--disable-uvicorn-access-log"]
     env = {"VLLM_PLUGINS": plugins, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    env["VLLM_CPU_KVCACHE_SPACE"] = ""  # in whole GiB, and it would win over --kv-cache-memory-bytes
     return serving(vllm_command(model, arguments), env | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"})
 
 
@@ -111,7 +113,7 @@ class Load:
     async def _bench(self) -> None:
         """`vllm bench serve` with other lengths and another seed each time."""
         vllm = str(Path(sys.executable).parent / "vllm")
-        out = self.work / "bench.json"
+        out, log = self.work / "bench.json", self.work / "bench.log"
         round_ = 0
         while time.monotonic() < self.end:
             round_ += 1
@@ -120,10 +122,16 @@ class Load:
             command += ["--random-input-len", "128", "--random-output-len", "64", "--random-range-ratio", "0.9"]
             command += ["--num-prompts", "400", "--max-concurrency", "12", "--temperature", "0", "--disable-tqdm"]
             command += ["--save-result", "--result-dir", str(out.parent), "--result-filename", out.name]
-            quiet = {"stdout": asyncio.subprocess.DEVNULL, "stderr": asyncio.subprocess.DEVNULL}
-            process = await asyncio.create_subprocess_exec(*command, **quiet)
-            if await process.wait():
-                raise RuntimeError(f"vllm bench serve ended with {process.returncode}")
+            with log.open("w") as stream:
+                process = await asyncio.create_subprocess_exec(*command, stdout=stream, stderr=stream)
+                try:
+                    await process.wait()
+                finally:
+                    if process.returncode is None:
+                        process.kill()
+            if process.returncode:
+                tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+                raise RuntimeError(f"vllm bench serve ended with {process.returncode}; the end of {log}:\n{tail}")
             found = json.loads(out.read_text())
             out.unlink()
             self.completed += found["completed"]
@@ -136,10 +144,10 @@ class Load:
             async with http.stream("POST", f"{self.server.url}/v1/completions", json=body) as response:
                 if response.status_code != 200:
                     self.failed += 1
-                lines, wanted = 0, 1 + self.aborted % 8
-                async for _ in response.aiter_lines():
-                    lines += 1
-                    if lines == wanted:
+                chunks, wanted = 0, 1 + self.aborted % 8
+                async for line in response.aiter_lines():
+                    chunks += line.startswith("data:")
+                    if chunks == wanted:
                         break
             self.aborted += 1
             await asyncio.sleep(0.2)
@@ -230,6 +238,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--table", type=Path, metavar="FILE", help="only print the table of this line")
     arguments = parser.parse_args()
+    if arguments.minutes * 60 < 3 * SAMPLE_S:
+        parser.error(f"got --minutes {arguments.minutes:g}; memory is read every {SAMPLE_S} s: give at least 0.5")
     from rich.console import Console
 
     if arguments.table:

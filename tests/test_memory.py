@@ -48,8 +48,11 @@ def container(tmp_path, monkeypatch):
 def test_a_container_may_use_what_every_group_above_it_leaves(container):
     assert memory.total_bytes() == 80 * MIB
     assert memory.available_bytes() == 10 * MIB  # the pod's; its own limit leaves 60, its page cache counted as free
+    assert memory.available_bytes(page_cache=False) == 10 * MIB  # its own
     group(container, 100 * MIB, 20 * MIB)
     assert memory.available_bytes() == 60 * MIB
+    assert memory.available_bytes(page_cache=False) == 10 * MIB
+    assert memory.available_share() == 10 / 80
 
 
 def test_groups_without_limits_change_nothing(container):

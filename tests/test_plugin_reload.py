@@ -43,19 +43,12 @@ def test_reloaded_engine_is_one_started_on_those_weights(model_type, tmp_path):
     expected = [serve(folder) for folder in folders]
     assert expected[0][0] != expected[1][0]
     with engine(folders[0]) as llm:
-        addresses = llm.apply_model(packed_addresses)
         for index in (1, 0):
             reload(llm, folders[index])
             assert_same(generate(llm), expected[index])
-        assert llm.apply_model(packed_addresses) == addresses  # which a captured CUDA graph reads
 
 
-def packed_addresses(model):
-    buffers = {name: buffer.data_ptr() for name, buffer in model.named_buffers() if "taq_runs" in name}
-    assert buffers
-    return buffers
-
-
+@pytest.mark.release
 def test_weights_are_rounded_while_they_are_reloaded(tmp_path):
     models = [make_tiny("llama", tmp_path / f"model-{seed}", num_hidden_layers=2, seed=seed) for seed in (1, 2)]
     for model in models:
@@ -79,6 +72,7 @@ def test_dummy_engine_takes_weights_that_are_handed_to_it(tmp_path):
         assert_same(generate(llm), expected)
 
 
+@pytest.mark.release
 def test_compiled_engine_reloads(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # vLLM's choice of a backend that compiles nothing
     models = [make_tiny("llama", tmp_path / f"model-{seed}", num_hidden_layers=2, seed=seed) for seed in (1, 2)]
@@ -95,5 +89,8 @@ def test_checkpoint_of_another_plan_is_refused_by_name(tmp_path):
     folder = quantized(model, tmp_path / "quantized")
     other = tmp_path / "other"
     quantize_model(ModelFiles(model), make_plan(model, lambda name: (4, False)), other, Calibration(method="rtn"))
-    with engine(folder) as llm, pytest.raises(ValueError, match="Weights and plan are not of one checkpoint"):
+    with (
+        engine(folder) as llm,
+        pytest.raises(ValueError, match=r"not of one checkpoint.*has lost its weights by now: start it again"),
+    ):
         reload(llm, other)

@@ -2,7 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +17,7 @@ from benchmarks import random_model, serving
 from benchmarks.random_model import CHARACTERS_FROM, make_prompts, make_tokenizer
 from taq_vllm.model_files import ModelFiles
 
+ROOT = Path(__file__).parents[1]
 VOCABULARY = 600
 SPEEDS = {"bf16": 4.0, "stock-w4a16": 3.0, "plan-5bit": 12.0, "llama.cpp-q4_k_m": 10.0}
 BYTES = {"bf16": 2000, "stock-w4a16": 600, "plan-5bit": 650, "llama.cpp-q4_k_m": 600}
@@ -104,3 +108,30 @@ def test_the_table_is_made_from_lines_alone():
     assert "batch 1, 128 in, 128 out: output tokens/s" in text
     assert "77.7" in text
     assert "holds" in text
+
+
+@pytest.mark.engine
+def test_a_plan_is_served_and_asked_by_every_tool(tmp_path):
+    out = tmp_path / "serving.jsonl"
+    command = [sys.executable, "-m", "benchmarks.serving", "--quick", "--contenders", "plan-5bit", "--out", str(out)]
+    done = subprocess.run([*command, "--work", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line.get("tool") for line in found] == [None] * 3 + ["vllm bench latency", "vllm bench throughput"]
+    assert all(speed > 0 for line in found[1:3] for speed in line["output_tokens_per_s"])
+    assert found[0]["memory_bytes"] > found[0]["bytes_per_token"]
+    assert "not measured: batch 1, 128 in, 128 out" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "got neither --out nor --table"),
+        (["--out", "x", "--contenders", "bf16,plan"], "--contenders plan: there are"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_starts(arguments, said):
+    command = [sys.executable, "-m", "benchmarks.serving", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr

@@ -99,7 +99,7 @@ def up(
         _configuration(folder, addresses).write(file)
     environment = dict(os.environ) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONUNBUFFERED": "1"}
     environment.pop(KEY_VARIABLE, None)
-    # A server is three processes with thousands of modules: a restart that compiles them again takes half as long more.
+    # A server is three processes of thousands of modules: importing them without bytecode takes half as long again.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if api_key:
         environment[KEY_VARIABLE] = api_key

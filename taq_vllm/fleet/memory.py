@@ -85,7 +85,7 @@ def this_device() -> Device:
         if gpus:
             total, free = (min(int(gpu[place]) for gpu in gpus) * _MIB for place in (1, 2))
             return Device("cuda", gpus[0][0], total, free, cores)
-    return Device("cpu", "this machine", total_bytes(), available_bytes(), cores)
+    return Device("cpu", "this machine", total_bytes(), available_bytes(page_cache=False), cores)
 
 
 def needs(fleet: Fleet, device: Device) -> dict[str, ServerMemory]:

@@ -15,7 +15,8 @@ elements they pass on, and what is packed anew goes to the memory of the old, wh
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -431,7 +432,8 @@ class TaqLinearMethod(LinearMethodBase):
     def _load(self, kind: str, param: Router, tensor: Tensor, shard_id: str | int | None) -> None:
         matrix = _matrix_of(self.matrices, shard_id, kind)
         if param.is_meta:  # vLLM counts what a reload copies
-            matrix.check(kind, tensor)
+            with _explaining_reload():
+                matrix.check(kind, tensor)
             torch.empty(tensor.shape, device="meta").copy_(tensor)
             self.is_loading = True
             return
@@ -449,12 +451,14 @@ class TaqLinearMethod(LinearMethodBase):
         """
         if not self.is_loading:
             return
+        is_reload = hasattr(layer, "taq_runs")
         self.config.check_all_claimed()
         device = layer.weight_packed.device
         for matrix in self.matrices:
             if self.is_dummy:
                 matrix.fill_with_noise(device, self.params_dtype)
-            matrix.check_complete()
+            with _explaining_reload() if is_reload else nullcontext():
+                matrix.check_complete()
         self.is_dummy = False
         runs = [
             (is_dense, [matrix.shard for matrix in run])
@@ -463,9 +467,10 @@ class TaqLinearMethod(LinearMethodBase):
         for matrix in self.matrices:
             matrix.shard = None
         self.is_loading = False
-        if hasattr(layer, "taq_runs"):
-            for run, (_, shards) in zip(layer.taq_runs, runs, strict=True):
-                run.replace(shards)
+        if is_reload:
+            with _explaining_reload():
+                for run, (_, shards) in zip(layer.taq_runs, runs, strict=True):
+                    run.replace(shards)
             return
         bias = None if getattr(layer, "skip_bias_add", False) else layer.bias  # the head cannot skip it
         layer.taq_runs = nn.ModuleList(
@@ -519,7 +524,7 @@ class PackedRun(nn.Module):
         """
         for kept, new in zip(self.storage, _stored(ops.join(shards)), strict=True):
             if kept.dtype != new.dtype:
-                raise ValueError(f"got scales in {new.dtype}, the loaded model has {kept.dtype}; restart the server")
+                raise ValueError(f"got scales in {new.dtype}, and the engine was started with {kept.dtype}")
             kept.copy_(new)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -563,6 +568,7 @@ class DenseRun(nn.Module):
         """Other weights of the same shapes, in the memory of these unless the platform keeps them in its own form."""
         self._process(shards)
         self.storage[0].copy_(self.weight)
+        del self.weight  # vLLM puts the storage back in its place
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] to [..., N of these shards]."""
@@ -580,6 +586,7 @@ class Checks:
         self.specs = specs
         self.is_planned = any(spec.shape is not None for spec in specs)
         self.missing: set[str] = set()
+        self.is_counted = False
 
     def create_weights(
         self,
@@ -652,12 +659,23 @@ class Checks:
         if hasattr(layer, "weight_packed"):
             for kind in _PACKED_TENSORS:
                 delattr(layer, kind)
-            self.config.layer_loaded(self.specs, resident_bytes, device)
+            if not self.is_counted:
+                self.is_counted = True  # a reload changes nothing of the summary
+                self.config.layer_loaded(self.specs, resident_bytes, device)
 
 
 @register_weight_loader_v2_supported_method
 class CheckedUnquantizedMethod(Checks, UnquantizedLinearMethod):
     """A layer that stays at 16 bits: vLLM's own method, with the same checks as for the others if it is planned."""
+
+
+@contextmanager
+def _explaining_reload() -> Iterator[None]:
+    """By the time a reload fails, vLLM has taken the old weights apart."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} This engine has lost its weights by now: start it again.") from error
 
 
 def _register_routers(
