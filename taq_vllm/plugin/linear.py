@@ -16,7 +16,7 @@ elements they pass on, and what is packed anew goes to the memory of the old, wh
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -432,7 +432,7 @@ class TaqLinearMethod(LinearMethodBase):
     def _load(self, kind: str, param: Router, tensor: Tensor, shard_id: str | int | None) -> None:
         matrix = _matrix_of(self.matrices, shard_id, kind)
         if param.is_meta:  # vLLM counts what a reload copies
-            with _explaining_reload():
+            with _reload_named(True):
                 matrix.check(kind, tensor)
             torch.empty(tensor.shape, device="meta").copy_(tensor)
             self.is_loading = True
@@ -457,7 +457,7 @@ class TaqLinearMethod(LinearMethodBase):
         for matrix in self.matrices:
             if self.is_dummy:
                 matrix.fill_with_noise(device, self.params_dtype)
-            with _explaining_reload() if is_reload else nullcontext():
+            with _reload_named(is_reload):
                 matrix.check_complete()
         self.is_dummy = False
         runs = [
@@ -468,7 +468,7 @@ class TaqLinearMethod(LinearMethodBase):
             matrix.shard = None
         self.is_loading = False
         if is_reload:
-            with _explaining_reload():
+            with _reload_named(True):
                 for run, (_, shards) in zip(layer.taq_runs, runs, strict=True):
                     run.replace(shards)
             return
@@ -639,7 +639,8 @@ class Checks:
 
     def _load(self, kind: str, param: nn.Parameter, tensor: Tensor, shard_id: str | int | None = None) -> None:
         matrix = _matrix_of(self.matrices, shard_id, kind)
-        matrix.check(kind, tensor)
+        with _reload_named(param.is_meta):
+            matrix.check(kind, tensor)
         self.missing.discard(matrix.spec.name)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
@@ -670,11 +671,13 @@ class CheckedUnquantizedMethod(Checks, UnquantizedLinearMethod):
 
 
 @contextmanager
-def _explaining_reload() -> Iterator[None]:
-    """By the time a reload fails, vLLM has taken the old weights apart."""
+def _reload_named(is_reload: bool) -> Iterator[None]:
+    """Say in errors of a reload what it has cost: vLLM has taken the old weights apart by then."""
     try:
         yield
     except ValueError as error:
+        if not is_reload:
+            raise
         raise ValueError(f"{error} This engine has lost its weights by now: start it again.") from error
 
 
