@@ -62,12 +62,12 @@ def vllm_command(model: Path, arguments: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def serving(command: Sequence[str], env: Mapping[str, str] | None = None) -> Iterator[Server]:
+def serving(command: Sequence[str], env: Mapping[str, str | None] | None = None) -> Iterator[Server]:
     """Run a server until the block ends; all its processes are ended then.
 
     Args:
         command: that takes `--host` and `--port` too.
-        env: variables set on top of this process's.
+        env: variables on top of this process's, as for `environment`.
 
     Raises:
         RuntimeError: the server ended or did not answer in time; holds the end of its log.
@@ -78,17 +78,20 @@ def serving(command: Sequence[str], env: Mapping[str, str] | None = None) -> Ite
     url = f"http://127.0.0.1:{port}"
     command = [*command, "--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryFile("w+") as log:
-        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(env or {})}
+        variables = environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(env or {})})
         started = time.monotonic()
-        process = subprocess.Popen(
-            command, start_new_session=True, stdout=log, stderr=subprocess.STDOUT, env=environment
-        )
+        process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=subprocess.STDOUT, env=variables)
         try:
             client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
             _wait_until_it_answers(client, process, log)
             yield Server(url, client, process.pid, time.monotonic() - started)
         finally:
             _end(process)
+
+
+def environment(env: Mapping[str, str | None]) -> dict[str, str]:
+    """This process's variables with others on top; those that are None are taken away."""
+    return {name: value for name, value in {**os.environ, **env}.items() if value is not None}
 
 
 def memory_bytes(pid: int) -> int:

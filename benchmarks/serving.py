@@ -43,7 +43,7 @@ from benchmarks.random_model import (
     quantize_cached,
     w4a16,
 )
-from benchmarks.server import Server, memory_bytes, serving, vllm_command
+from benchmarks.server import Server, environment, memory_bytes, serving, vllm_command
 
 LLAMACPP = Path(__file__).parents[1] / ".llamacpp"
 HEAD_PIN = "lm_head=8"
@@ -121,7 +121,7 @@ class Contender:
     Attributes:
         name: in tables.
         command: without host and port.
-        env: variables of its own.
+        env: variables of its own, as for `server.environment`.
         path: what it loads, a checkpoint's folder or a GGUF file.
         bytes_per_token: of weights, read for one decoded token: all but the embedding table.
         engine_arguments: of vLLM's engine, with or without a server; None if it is another's.
@@ -130,7 +130,7 @@ class Contender:
 
     name: str
     command: tuple[str, ...]
-    env: Mapping[str, str]
+    env: Mapping[str, str | None]
     path: Path
     bytes_per_token: int
     engine_arguments: tuple[str, ...] | None = None
@@ -178,7 +178,7 @@ def vllm_contender(
         engine += ["--gpu-memory-utilization", str(round(0.9 / (2 + len(PLANS)), 2))]
     command = vllm_command(folder, [*engine, "--served-model-name", MODEL_NAME, "--disable-uvicorn-access-log"])
     env = {"VLLM_PLUGINS": "taq" if name in PLANS else "", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    env["VLLM_CPU_KVCACHE_SPACE"] = ""  # in whole GiB, and it would win over what is said here
+    env["VLLM_CPU_KVCACHE_SPACE"] = None  # in whole GiB, and it would win over what is said here
     if cores is not None:
         env |= {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)), "OMP_NUM_THREADS": str(len(cores))}
     weights = sum(info.end - info.start for info in ModelFiles(folder).tensors.values())
@@ -427,7 +427,7 @@ def bench_offline(
             command += ["--output-json", str(out)]
             with log.open("w") as stream:
                 done = subprocess.run(
-                    command, env=os.environ | contender.env, stdout=stream, stderr=stream, check=False
+                    command, env=environment(contender.env), stdout=stream, stderr=stream, check=False
                 )
             if done.returncode:
                 tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])

@@ -76,7 +76,7 @@ def serve_lab(model: Path, plugins: str) -> AbstractContextManager[Server]:
     arguments = ["--served-model-name", MODEL_NAME, "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager"]
     arguments += ["--kv-cache-memory-bytes", str(1 << 28), "--disable-uvicorn-access-log"]
     env = {"VLLM_PLUGINS": plugins, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    env["VLLM_CPU_KVCACHE_SPACE"] = ""  # in whole GiB, and it would win over --kv-cache-memory-bytes
+    env["VLLM_CPU_KVCACHE_SPACE"] = None  # in whole GiB, and it would win over --kv-cache-memory-bytes
     return serving(vllm_command(model, arguments), env | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"})
 
 
