@@ -22,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measuring import print_and_exit
+
 LAB = Path(__file__).parent / "lab"
 TASKS = ("trivia", "math", "code")
 KILLED = "math"
@@ -227,18 +229,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".bench/fleet"), help="checkpoints, fleet.yaml and logs")
     parser.add_argument("--table", type=Path, metavar="FILE", help="only print the table of this line")
     arguments = parser.parse_args()
-    from rich.console import Console
-
-    if arguments.table:
-        lines = [json.loads(line) for line in arguments.table.read_text().splitlines()]
-    else:
+    if not arguments.table:
         arguments.work.mkdir(parents=True, exist_ok=True)
-        lines = [measure(arguments.work)]
+    line = json.loads(arguments.table.read_text()) if arguments.table else measure(arguments.work)
     if arguments.out:
-        arguments.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for part in render(lines):
-        Console(width=160).print(part, highlight=False)
-    sys.exit(0 if all(requirements(lines[0]).values()) else 1)
+        arguments.out.write_text(json.dumps(line) + "\n")
+    print_and_exit(render([line]), requirements(line))
 
 
 if __name__ == "__main__":

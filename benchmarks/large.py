@@ -35,6 +35,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import random_model
+
 if TYPE_CHECKING:
     import torch
 
@@ -52,16 +54,9 @@ _ROWS_AT_ONCE = 8192  # of a random matrix
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(random_model.Shape):
     """Sizes of a random Llama; `tied`: the embedding is the head."""
 
-    name: str
-    hidden: int
-    layers: int
-    intermediate: int
-    vocabulary: int
-    heads: int
-    kv_heads: int
     tied: bool = False
 
     @property

@@ -2,7 +2,9 @@
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 
 class Progress:
@@ -30,3 +32,12 @@ def status_bytes(field: str, pid: int | str = "self") -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/{pid}/status has no {field}; measure on Linux")
+
+
+def print_and_exit(parts: Sequence[Any], requirements: Mapping[str, bool]) -> NoReturn:
+    """Print tables and sentences; exit 1 if a requirement does not hold."""
+    from rich.console import Console
+
+    for part in parts:
+        Console(width=160).print(part, highlight=False)
+    sys.exit(0 if all(requirements.values()) else 1)

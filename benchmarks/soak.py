@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.measuring import print_and_exit
 from benchmarks.random_model import quantize_cached
 from benchmarks.server import Server, memory_bytes, serving, vllm_command
 
@@ -240,18 +241,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.minutes * 60 < 3 * SAMPLE_S:
         parser.error(f"got --minutes {arguments.minutes:g}; memory is read every {SAMPLE_S} s: give at least 0.5")
-    from rich.console import Console
-
-    if arguments.table:
-        lines = [json.loads(line) for line in arguments.table.read_text().splitlines()]
-    else:
+    if not arguments.table:
         arguments.work.mkdir(parents=True, exist_ok=True)
-        lines = [measure(arguments.work, arguments.minutes)]
+    line = json.loads(arguments.table.read_text()) if arguments.table else measure(arguments.work, arguments.minutes)
     if arguments.out:
-        arguments.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for part in render(lines):
-        Console(width=160).print(part, highlight=False)
-    sys.exit(0 if all(requirements(lines[0]).values()) else 1)
+        arguments.out.write_text(json.dumps(line) + "\n")
+    print_and_exit(render([line]), requirements(line))
 
 
 if __name__ == "__main__":
