@@ -1,10 +1,10 @@
 """Ten minutes of everything at once: does the server of a plan stay what it was?
 
-A mixed plan of the lab model is served by a real `vllm serve`. `vllm bench serve` sends requests of random lengths
-without pause; beside it clients break their connections in the middle of an answer, and others send what no server
-should accept. The model in 16 bits is served beside it and gets the same malformed requests. Then: requests that were
-valid were all answered, malformed ones got from both servers the same status, memory did not grow, and the answers are
-those of the start, to the letter.
+A mixed plan of the lab model is served by a real `vllm serve`, and beside it the model in 16 bits. To each of them
+`vllm bench serve` sends requests of random lengths without pause; at the same time clients break their connections in
+the middle of an answer, and others send what no server should accept. Then: requests that were valid were all answered,
+malformed ones got from both servers the same status, memory did not grow, and the answers are those of the start, to
+the letter.
 
     python -m benchmarks.soak --out benchmarks/results/soak-cpu.jsonl
     python -m benchmarks.soak --table benchmarks/results/soak-cpu.jsonl
@@ -28,6 +28,7 @@ from benchmarks.server import Server, memory_bytes, serving, vllm_command
 
 LAB = Path(__file__).parent / "lab"
 MODEL_NAME = "model"
+PLAN, REFERENCE = "plan", "16-bit"
 MINUTES = 10
 MAX_MODEL_LEN = 512
 PROMPTS = 16
@@ -97,19 +98,22 @@ def answers(server: Server) -> list[str]:
 class Load:
     """What is done to a server until a time has come, and what came of it."""
 
-    def __init__(self, server: Server, reference: Server, end: float, work: Path) -> None:
-        self.server, self.reference, self.end, self.work = server, reference, end, work
+    def __init__(self, server: Server, end: float, work: Path) -> None:
+        self.server, self.end, self.work = server, end, work
         self.completed = self.failed = self.aborted = 0
-        self.statuses: dict[str, Counter[str]] = {what: Counter() for what in MALFORMED}
+        self.errors: Counter[str] = Counter()
         self.memory: list[int] = []
 
-    async def run(self) -> None:
+    async def run(self, http: Any) -> None:
         """All at once."""
-        import httpx
+        self.work.mkdir(exist_ok=True)
+        aborters = [self._abort(http, index) for index in range(ABORTERS)]
+        await asyncio.gather(self._bench(), self._watch_memory(), *aborters)
 
-        async with httpx.AsyncClient(timeout=60) as http:
-            aborters = [self._abort(http, index) for index in range(ABORTERS)]
-            await asyncio.gather(self._bench(), self._send_malformed(http), self._watch_memory(), *aborters)
+    def found(self) -> dict[str, Any]:
+        """For the result line."""
+        counts = {"completed": self.completed, "failed": self.failed, "aborted": self.aborted}
+        return {**counts, "errors": dict(self.errors), "memory_bytes": self.memory}
 
     async def _bench(self) -> None:
         """`vllm bench serve` with other lengths and another seed each time."""
@@ -121,8 +125,9 @@ class Load:
             command = [vllm, "bench", "serve", "--base-url", self.server.url, "--model", MODEL_NAME]
             command += ["--tokenizer", str(LAB / "model"), "--dataset-name", "random", "--seed", str(round_)]
             command += ["--random-input-len", "128", "--random-output-len", "64", "--random-range-ratio", "0.9"]
-            command += ["--num-prompts", "400", "--max-concurrency", "12", "--temperature", "0", "--disable-tqdm"]
-            command += ["--save-result", "--result-dir", str(out.parent), "--result-filename", out.name]
+            command += ["--num-prompts", "200", "--max-concurrency", "6", "--temperature", "0", "--disable-tqdm"]
+            command += ["--save-result", "--save-detailed", "--result-dir", str(out.parent)]
+            command += ["--result-filename", out.name]
             with log.open("w") as stream:
                 process = await asyncio.create_subprocess_exec(*command, stdout=stream, stderr=stream)
                 try:
@@ -137,6 +142,7 @@ class Load:
             out.unlink()
             self.completed += found["completed"]
             self.failed += found["failed"]
+            self.errors.update(error.strip().splitlines()[-1] for error in found["errors"] if error)
 
     async def _abort(self, http: Any, index: int) -> None:
         """Requests for long answers whose connection is closed after one to eight chunks."""
@@ -145,6 +151,7 @@ class Load:
             async with http.stream("POST", f"{self.server.url}/v1/completions", json=body) as response:
                 if response.status_code != 200:
                     self.failed += 1
+                    self.errors[f"{response.status_code} to a request that was to be broken off"] += 1
                 chunks, wanted = 0, 1 + self.aborted % 8
                 async for line in response.aiter_lines():
                     chunks += line.startswith("data:")
@@ -153,21 +160,40 @@ class Load:
             self.aborted += 1
             await asyncio.sleep(0.2)
 
-    async def _send_malformed(self, http: Any) -> None:
-        headers = {"content-type": "application/json"}
-        while time.monotonic() < self.end:
-            for what, body in MALFORMED.items():
-                pair = [
-                    (await http.post(f"{server.url}/v1/completions", content=body, headers=headers)).status_code
-                    for server in (self.server, self.reference)
-                ]
-                self.statuses[what][f"{pair[0]} {pair[1]}"] += 1
-            await asyncio.sleep(1)
-
     async def _watch_memory(self) -> None:
         while time.monotonic() < self.end:
             self.memory.append(await asyncio.to_thread(memory_bytes, self.server.pid))
             await asyncio.sleep(SAMPLE_S)
+
+
+async def send_malformed(servers: Sequence[Server], end: float, http: Any) -> dict[str, Counter[str]]:
+    """For each malformed request the statuses that the servers gave, in their order, as "400 400"."""
+    headers = {"content-type": "application/json"}
+    statuses: dict[str, Counter[str]] = {what: Counter() for what in MALFORMED}
+    while time.monotonic() < end:
+        for what, body in MALFORMED.items():
+            given = [
+                (await http.post(f"{server.url}/v1/completions", content=body, headers=headers)).status_code
+                for server in servers
+            ]
+            statuses[what][" ".join(map(str, given))] += 1
+        await asyncio.sleep(1)
+    return statuses
+
+
+async def load_servers(servers: Mapping[str, Server], minutes: float, work: Path) -> dict[str, Any]:
+    """Everything at once on all servers: what came of it, for the result line."""
+    import httpx
+
+    end = time.monotonic() + 60 * minutes
+    loads = {name: Load(server, end, work / name) for name, server in servers.items()}
+    async with httpx.AsyncClient(timeout=60) as http:
+        running = [load.run(http) for load in loads.values()]
+        malformed, *_ = await asyncio.gather(send_malformed(list(servers.values()), end, http), *running)
+    return {
+        "servers": {name: load.found() for name, load in loads.items()},
+        "malformed": {what: dict(counts) for what, counts in malformed.items()},
+    }
 
 
 def measure(work: Path, minutes: float) -> dict[str, Any]:
@@ -177,26 +203,20 @@ def measure(work: Path, minutes: float) -> dict[str, Any]:
     checkpoint = make_checkpoint(work)
     with serve_lab(checkpoint, "taq") as server, serve_lab(LAB / "model", "") as reference:
         before = answers(server)
-        load = Load(server, reference, time.monotonic() + 60 * minutes, work)
-        asyncio.run(load.run())
+        found = asyncio.run(load_servers({PLAN: server, REFERENCE: reference}, minutes, work))
         after = answers(server)
     return {
         "benchmark": "soak",
         "minutes": minutes,
-        "completed": load.completed,
-        "failed": load.failed,
-        "aborted": load.aborted,
-        "malformed": {what: dict(counts) for what, counts in load.statuses.items()},
-        "memory_bytes": load.memory,
+        **found,
         "answers": PROMPTS,
         "answers_equal": sum(a == b for a, b in zip(before, after, strict=True)),
         **provenance(),
     }
 
 
-def growth(line: Mapping[str, Any]) -> float:
+def growth(samples: Sequence[int]) -> float:
     """Mean memory in the last third of the time over that in the second, less 1."""
-    samples = line["memory_bytes"]
     third = len(samples) // 3
     return mean(samples[-third:]) / mean(samples[third : 2 * third]) - 1
 
@@ -204,11 +224,13 @@ def growth(line: Mapping[str, Any]) -> float:
 def requirements(line: Mapping[str, Any]) -> dict[str, bool]:
     """What must hold, and whether it does."""
     pairs = [pair.split() for counts in line["malformed"].values() for pair in counts]
+    plan = line["servers"][PLAN]
+    grown = growth(plan["memory_bytes"])
     return {
-        "no valid request failed": line["failed"] == 0 and line["completed"] > 0,
+        "no valid request failed": plan["failed"] == 0 and plan["completed"] > 0,
         "malformed requests got from both servers the same status": all(ours == theirs for ours, theirs in pairs),
         "and none of 500 and more": all(int(ours) < 500 for ours, _ in pairs),
-        f"memory grew by at most {MOST_GROWTH:.0%} ({growth(line):+.2%})": growth(line) <= MOST_GROWTH,
+        f"memory grew by at most {MOST_GROWTH:.0%} ({grown:+.2%})": grown <= MOST_GROWTH,
         "the answers at the end are those of the start": line["answers_equal"] == line["answers"],
     }
 
@@ -218,17 +240,20 @@ def render(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
     from rich.table import Table
 
     (line,) = lines
-    table = Table(
-        title=f"{line['minutes']:g} minutes: {line['completed']} requests of random lengths answered, {line['failed']} "
-        f"failed, {line['aborted']} broken off by the client; memory {min(line['memory_bytes']) / 1e6:.0f} to "
-        f"{max(line['memory_bytes']) / 1e6:.0f} MB"
-    )
-    for column in ("malformed request", "sent", "status", "from the 16-bit server"):
-        table.add_column(column, justify="left" if column == "malformed request" else "right")
+    load = Table(title=f"{line['minutes']:g} minutes; requests, and memory in MB")
+    for column in ("server", "answered", "failed", "broken off", "memory from", "to", "growth"):
+        load.add_column(column, justify="left" if column == "server" else "right")
+    for name, found in line["servers"].items():
+        memory, counts = found["memory_bytes"], (found[count] for count in ("completed", "failed", "aborted"))
+        ends = (f"{end / 1e6:.0f}" for end in (min(memory), max(memory)))
+        load.add_row(name, *map(str, counts), *ends, f"{growth(memory):+.2%}")
+    table = Table(title="malformed requests")
+    for column in ("what is wrong", "sent", "status", "from the 16-bit server"):
+        table.add_column(column, justify="left" if column == "what is wrong" else "right")
     for what, counts in line["malformed"].items():
         ours, theirs = (", ".join(sorted({pair.split()[side] for pair in counts})) for side in (0, 1))
         table.add_row(what, str(sum(counts.values())), ours, theirs)
-    return [table, *(f"{sentence}: {'yes' if holds else 'NO'}" for sentence, holds in requirements(line).items())]
+    return [load, table, *(f"{sentence}: {'yes' if holds else 'NO'}" for sentence, holds in requirements(line).items())]
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from taq_kernels import cpu_build, cpu_packing
 from taq_kernels.packing import PackedShard, check_codes
 
 # The numbers of lowbit.cpp.
-ISAS = {"AVX2": 1, "AVX-512": 2, "AVX-512 bf16": 3}
+ISAS = {"AVX2": 1, "AVX-512": 2, "AVX-512 VNNI": 3}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # From this many tokens on, AMX pays for unpacking. An estimate: no such machine was at hand. 32 tokens times
@@ -338,7 +338,7 @@ def _check(status: int, bits: Sequence[int], isa: int, dtype: torch.dtype) -> No
     if status:
         raise ValueError(
             f"the CPU kernel can't multiply {dtype} by {list(bits)} bits with instruction set {isa} of {ISAS}: "
-            "needed are 4 or 8 bits and an instruction set that this CPU has, and the bf16 one is for bf16 alone"
+            "needed are 4 or 8 bits and an instruction set that this CPU has, and VNNI is for activations of 16 bits alone"
         )
 
 

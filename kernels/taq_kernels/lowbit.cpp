@@ -1,4 +1,4 @@
-// y[M, N] = x[M, K] W^T + bias with W in 4- and 8-bit codes, on x86 CPUs with AVX2, AVX-512 or AVX-512 and bf16.
+// y[M, N] = x[M, K] W^T + bias with W in 4- and 8-bit codes, on x86 CPUs with AVX2, AVX-512 or AVX-512 and VNNI.
 //
 // A matrix of N rows and K columns has a code q (0 .. 2^bits - 1) per weight and a scale s, and possibly a zero point z
 // (otherwise 2^(bits-1)), per row and group of 32, 64 or 128 columns: w = (q - z) * s.
@@ -7,15 +7,20 @@
 // cells of 64 bytes, one for each 16 rows. Codes are kept as two's complement, c = q - 2^(bits-1).
 //   4 bits  a cell is 16 rows x 8 columns: a 32-bit lane per row; its low 16-bit word has the even columns, the high
 //           word the odd ones, lowest column in the lowest nibble. So a lane serves 32-bit instructions, one column at
-//           a time, and bf16 ones, which want pairs of columns; and the nibbles are indices that vpermps and vpermw
+//           a time, and vpdpwssd, which wants pairs of columns; and the nibbles are indices that vpermps and vpermw
 //           look up without a mask, because they ignore an index's upper bits.
 //   8 bits  a cell is 4 columns x 16 rows, one byte each, so that vpmovsxbd reads a column from memory.
 //   Scales [tile][K / group][64] in the dtype of the checkpoint; zero points the same, uint8; none if all are 2^(bits-1).
 //
 // Products. 16 (or 8) rows sit in the lanes of a vector, x is broadcast: no horizontal sums, and scales and zero points
-// are plain vectors. Codes are exact in float32 and in bf16, so weights are never rounded; per group
+// are plain vectors. Codes are exact in float32 and in int16, so weights are never rounded; per group
 //   total += s * (sum c x - (z - 2^(bits-1)) * sum x)
 // in float32, columns in order. A token's result depends neither on the other tokens nor on the number of threads.
+// With VNNI the sums of a group are exact integers: x of 16 bits becomes int16 in units of u, a power of two, 2^14 u <=
+// max |x| < 2^15 u over the token's group. In bf16 (8 significant bits) what is at least max |x| / 2^7 stays exact; the
+// rest is off by at most u / 2, 0.29 u RMS. The largest is at most sqrt(128) times the group's RMS, so the result's error
+// is below 0.29 * 2^-14 * 11.3 = 2e-4 of its RMS, whatever outliers there are, and rounding the result to bf16 is 1.1e-3
+// to 2.3e-3: together at most 1.7 % more. (fp16: 1.4e-4 to 2.8e-4; outliers can cost as much again.)
 // (lowbit_linear's. With AMX, and from 32 tokens on, cpu.py multiplies by what lowbit_dequantize gives instead: weights
 // are rounded then, 1.4 times the error, and a token's result depends on which side of 32 its batch is.)
 // Few tokens: a code is unpacked into a register and multiplied with every token at once. Many: a group of a tile is
@@ -40,7 +45,7 @@ extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned thre
 
 namespace {
 
-enum Isa { kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum Isa { kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3 };
 enum DType { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum Status { kOk = 0, kNoMemory = 1, kBadArgument = 2 };
 
@@ -71,7 +76,7 @@ struct Tile {
 };
 
 // What all threads of a call share. x_panel: [K / kBlock][tokens] blocks of kBlock columns, as the instruction set
-// wants them; x_sums: [K / group][tokens].
+// wants them; x_groups: [K / group][tokens] XGroup of the instruction set.
 struct Call {
   int threads, x_dtype, scale_dtype, group_size;
   int64_t tokens, columns;
@@ -86,8 +91,8 @@ struct Call {
   uint8_t* y;
   int64_t y_stride;  // elements: rows of all shards
 
-  float* x_panel;
-  float* x_sums;
+  void* x_panel;
+  void* x_groups;
   uint8_t* scratch;  // scratch_bytes for each thread
   int64_t scratch_bytes;
   int64_t tiles;
@@ -153,14 +158,15 @@ struct Team {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")))
 #include "lowbit_isa.h"
 
-#define LOWBIT_NAMESPACE avx512_bf16
+#define LOWBIT_NAMESPACE avx512_vnni
 #define LOWBIT_LANES 16
 #define LOWBIT_DOT 1
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,gfni,fma,f16c")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")))
 #include "lowbit_isa.h"
 
 struct Kernels {
-  int64_t panel_block_bytes;  // of one token
+  int64_t panel_block_bytes;  // of one token,
+  int64_t x_group_bytes;      // and of its XGroup
   void (*pack_x)(const Call&, int64_t token, uint8_t*);
   void (*multiply)(const Call&, int64_t item, uint8_t* scratch);
   void (*dequantize)(const Call&, int64_t tile, uint8_t* scratch);
@@ -168,9 +174,10 @@ struct Kernels {
 
 constexpr Kernels kKernels[] = {
     {},
-    {avx2::kBlockWords * 4, avx2::pack_x, avx2::multiply, avx2::dequantize},
-    {avx512::kBlockWords * 4, avx512::pack_x, avx512::multiply, avx512::dequantize},
-    {avx512_bf16::kBlockWords * 4, avx512_bf16::pack_x, avx512_bf16::multiply, avx512::dequantize},
+    {avx2::kBlockWords * 4, sizeof(avx2::XGroup), avx2::pack_x, avx2::multiply, avx2::dequantize},
+    {avx512::kBlockWords * 4, sizeof(avx512::XGroup), avx512::pack_x, avx512::multiply, avx512::dequantize},
+    {avx512_vnni::kBlockWords * 4, sizeof(avx512_vnni::XGroup), avx512_vnni::pack_x, avx512_vnni::multiply,
+     avx512::dequantize},
 };
 
 bool supported(int isa) {
@@ -179,8 +186,7 @@ bool supported(int isa) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (isa == kAvx2) return avx2;
   if (isa == kAvx512) return avx512;
-  return isa == kAvx512Bf16 && avx512 && __builtin_cpu_supports("avx512vbmi") &&
-         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("gfni");
+  return isa == kAvx512Vnni && avx512 && __builtin_cpu_supports("avx512vnni");
 }
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -207,11 +213,10 @@ extern "C" {
 int lowbit_supported(int isa) { return supported(isa); }
 
 // The fastest instruction set of this CPU for activations of a dtype; 0 if there is none.
-// bf16 instructions only on AMD: Zen 5 is said to issue two vdpbf16ps a cycle, 64 multiply-adds, against 32 of float32
-// FMA (this project has not measured it). What was measured, an Intel Xeon (2.95 GHz) whose hypervisor hides AMX and
-// bf16, issues one every other cycle: 47 G multiply-adds/s against 93.
+// What an Intel Xeon (2.95 GHz) was measured to do, in G multiply-adds/s of a core: vpdpwssd 194, float32 FMA 93, vdpbf16ps
+// 46 (one every other cycle; there is no code for it).
 int lowbit_best(int x_dtype) {
-  if (x_dtype == kBfloat16 && supported(kAvx512Bf16) && __builtin_cpu_is("amd")) return kAvx512Bf16;
+  if (x_dtype != kFloat32 && supported(kAvx512Vnni)) return kAvx512Vnni;
   return supported(kAvx512) ? kAvx512 : supported(kAvx2) ? kAvx2 : 0;
 }
 
@@ -269,7 +274,7 @@ void lowbit_unpack(int bits, const uint8_t* packed, int64_t rows, int64_t column
 int lowbit_linear(int isa, int threads, int x_dtype, const uint8_t* x, int64_t tokens, int64_t columns, int group_size,
                   int shards, const int64_t* bits, const int64_t* rows, const uint8_t* weights, const uint8_t* scales,
                   int scale_dtype, const uint8_t* zero_points, const uint8_t* bias, uint8_t* y) {
-  if (!supported(isa) || (isa == kAvx512Bf16 && x_dtype != kBfloat16)) return kBadArgument;
+  if (!supported(isa) || (isa == kAvx512Vnni && x_dtype == kFloat32)) return kBadArgument;
   for (int i = 0; i < shards; i++)
     if (!known(bits[i])) return kBadArgument;
   const Kernels& kernels = kKernels[isa];
@@ -288,13 +293,13 @@ int lowbit_linear(int isa, int threads, int x_dtype, const uint8_t* x, int64_t t
   call.item_tiles = int(shared < 1 ? 1 : shared > kMaxItem ? kMaxItem : shared);
 
   const int64_t panel = round_up(chunk * (columns / kBlock) * kernels.panel_block_bytes, 64);
-  const int64_t sums = round_up(chunk * call.groups() * 4, 64);
+  const int64_t x_groups = round_up(chunk * call.groups() * kernels.x_group_bytes, 64);
   call.scratch_bytes = kMaxGroup * kTile * 4 + call.item_tiles * chunk * kTile * 4;
-  uint8_t* memory = static_cast<uint8_t*>(aligned_alloc(64, size_t(panel + sums + threads * call.scratch_bytes)));
+  uint8_t* memory = static_cast<uint8_t*>(aligned_alloc(64, size_t(panel + x_groups + threads * call.scratch_bytes)));
   if (!memory) return kNoMemory;
-  call.x_panel = reinterpret_cast<float*>(memory);
-  call.x_sums = reinterpret_cast<float*>(memory + panel);
-  call.scratch = memory + panel + sums;
+  call.x_panel = memory;
+  call.x_groups = memory + panel;
+  call.scratch = memory + panel + x_groups;
 
   for (int64_t first = 0; first < tokens; first += chunk) {
     call.tokens = tokens - first < chunk ? tokens - first : chunk;

@@ -1,7 +1,7 @@
 // The product for one instruction set; included by lowbit.cpp once for each, with
 //   LOWBIT_NAMESPACE  its name
 //   LOWBIT_LANES      32-bit lanes of a vector: 8 (AVX2) or 16 (AVX-512)
-//   LOWBIT_DOT        1: a lane holds two columns in bf16 (vdpbf16ps); 0: one in float32 (FMA)
+//   LOWBIT_DOT        1: a lane holds two columns in int16 (vpdpwssd); 0: one in float32 (FMA)
 //   TARGET            the attribute that lets a function use it
 // "Word" means the 32 bits of a lane: LOWBIT_DOT + 1 columns.
 
@@ -120,86 +120,93 @@ struct Unpack;
 
 #if LOWBIT_DOT
 
+typedef __m512i Lanes;  // of words, and of their sums
+typedef int32_t Word;
+
+INLINE Lanes no_lanes() { return _mm512_setzero_si512(); }
+INLINE Lanes load_words(const Word* p) { return _mm512_loadu_si512(p); }
+INLINE void store_words(Word* p, Lanes v) { _mm512_storeu_si512(p, v); }
+
 template <>
 struct Unpack<4> {
   static constexpr int kWords = 4;
-  static constexpr float kOffset = 0;
+  static constexpr int kOffset = 0;
   typedef __m512i Raw;
-  __m512i table;  // bf16 of the 16 codes, twice over: vpermw looks at 5 bits
+  __m512i table;  // the 16 codes, twice over: vpermw looks at 5 bits
   INLINE Unpack() {
-    alignas(64) uint16_t values[32];
-    for (int i = 0; i < 32; i++) values[i] = bf16_bits(float((i % 16 ^ 8) - 8));
+    alignas(64) int16_t values[32];
+    for (int i = 0; i < 32; i++) values[i] = int16_t((i % 16 ^ 8) - 8);
     table = _mm512_load_si512(values);
   }
-  static INLINE uint16_t bf16_bits(float v) {
-    uint32_t word;
-    memcpy(&word, &v, 4);
-    return uint16_t(word >> 16);
-  }
   INLINE Raw load(const uint8_t* step, int v) const { return _mm512_loadu_si512(step + cell_offset(v)); }
-  INLINE Floats at(Raw raw, int j) const {
+  INLINE Lanes at(Raw raw, int j) const {
     typedef uint16_t Halves __attribute__((vector_size(64)));
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi16((__m512i)((Halves)raw >> (4 * j)), table));
+    return _mm512_permutexvar_epi16((__m512i)((Halves)raw >> (4 * j)), table);
   }
 };
 
 template <>
 struct Unpack<8> {
   static constexpr int kWords = 2;
-  static constexpr float kOffset = 0.5f;
-  struct Raw {
-    __m512i words[2];
-  };
-  // c + 0.5 is sign and magnitude m + 0.5, m = 0 .. 127: 8 significant bits, exact in bf16. Tables of its two bytes.
-  __m512i low[2], high[2], interleave[2];
+  static constexpr int kOffset = 0;
+  typedef const uint8_t* Raw;
+  __m512i interleave;  // 16 rows of a column and 16 of the next become 16 pairs
   INLINE Unpack() {
-    alignas(64) uint8_t lows[128], highs[128], order[128];
-    for (int m = 0; m < 128; m++) {
-      const uint16_t value = Unpack<4>::bf16_bits(float(m) + 0.5f);
-      lows[m] = uint8_t(value), highs[m] = uint8_t(value >> 8);
-      // Byte i of the two words of 16 rows: of pair i / 64, row i % 64 / 4, column i % 4 / 2; low byte first.
-      order[m] = uint8_t(m % 2 * 64 + (m / 64 * 2 + m % 4 / 2) * 16 + m % 64 / 4);
-    }
-    for (int i = 0; i < 2; i++) {
-      low[i] = _mm512_load_si512(lows + 64 * i);
-      high[i] = _mm512_load_si512(highs + 64 * i);
-      interleave[i] = _mm512_load_si512(order + 64 * i);
-    }
+    alignas(64) uint16_t order[32];
+    for (int i = 0; i < 32; i++) order[i] = uint16_t(i % 2 * 16 + i / 2);
+    interleave = _mm512_load_si512(order);
   }
-  INLINE Raw load(const uint8_t* step, int v) const {
-    // Magnitude bits of a negative code are inverted: bit i ^= bit 7, one product with a bit matrix per byte.
-    const __m512i invert = _mm512_set1_epi64(0x8182848890a0c080);
-    __m512i code = _mm512_loadu_si512(step + cell_offset(v));
-    code = _mm512_gf2p8affine_epi64_epi8(code, invert, 0);
-    const __m512i lows = _mm512_permutex2var_epi8(low[0], code, low[1]);
-    __m512i highs = _mm512_permutex2var_epi8(high[0], code, high[1]);
-    highs = _mm512_ternarylogic_epi64(highs, code, _mm512_set1_epi8(-128), 0xf8);  // highs | (code & 0x80)
-    return {{_mm512_permutex2var_epi8(lows, interleave[0], highs), _mm512_permutex2var_epi8(lows, interleave[1], highs)}};
+  INLINE Raw load(const uint8_t* step, int v) const { return step + cell_offset(v); }
+  INLINE Lanes at(Raw raw, int j) const {
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(raw + 32 * j));
+    return _mm512_permutexvar_epi16(interleave, _mm512_cvtepi8_epi16(codes));
   }
-  INLINE Floats at(const Raw& raw, int j) const { return _mm512_castsi512_ps(raw.words[j]); }
 };
 
 // sum + word . x, two columns
-INLINE Floats accumulate(Floats sum, Floats word, const float* x) {
-  int32_t pair;
-  memcpy(&pair, x, 4);
-  return _mm512_dpbf16_ps(sum, (__m512bh)word, (__m512bh)_mm512_set1_epi32(pair));
+INLINE Lanes accumulate(Lanes sum, Lanes word, const Word* x) {
+  return _mm512_dpwssd_epi32(sum, word, _mm512_set1_epi32(*x));
 }
 
+// A token's group of x: integers times a power of two, and the integers' sum.
+struct XGroup {
+  int32_t sum;
+  float scale;
+};
+
+INLINE Lanes from_zero_points(const uint8_t* p, int middle) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(middle));
+}
+
+// sum, less zero times x's: exact, for |sum| <= 128 columns * 128 * 2^15 < 2^31 and |zero * x.sum| is not more.
+INLINE Floats without_zero(Lanes sum, Lanes zero, const XGroup& x) {
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_mullo_epi32(zero, _mm512_set1_epi32(x.sum))));
+}
+INLINE Floats to_floats(Lanes sum) { return _mm512_cvtepi32_ps(sum); }
+INLINE Floats scaled(Floats sum, const XGroup& x) { return mul(sum, broadcast(x.scale)); }
+
 #else
+
+typedef Floats Lanes;
+typedef float Word;
+
+INLINE Lanes no_lanes() { return zeros(); }
+INLINE Lanes load_words(const Word* p) { return load(p); }
+INLINE void store_words(Word* p, Lanes v) { store(p, v); }
 
 template <>
 struct Unpack<4> {
   static constexpr int kWords = 8;
   typedef Words Raw;
 #if LOWBIT_LANES == 16
-  static constexpr float kOffset = 0;
+  static constexpr int kOffset = 0;
   __m512 table;
   INLINE Unpack() { table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1); }
 #else
   // Without a table of 16: a nibble put into the upper mantissa of 16.0 is 16 + q, hence 24 + c. Three instructions that
   // run on three ports; sign extension and conversion would be three for the two ports that FMA needs.
-  static constexpr float kOffset = 24;
+  static constexpr int kOffset = 24;
 #endif
   INLINE Raw load(const uint8_t* step, int v) const {
     Raw raw;
@@ -220,20 +227,30 @@ struct Unpack<4> {
 template <>
 struct Unpack<8> {
   static constexpr int kWords = 4;
-  static constexpr float kOffset = 0;
+  static constexpr int kOffset = 0;
   typedef const uint8_t* Raw;
   INLINE Raw load(const uint8_t* step, int v) const { return step + cell_offset(v) + v * kLanes % 16; }
   INLINE Floats at(Raw raw, int j) const { return from_signed_bytes(raw + 16 * j); }
 };
 
-INLINE Floats accumulate(Floats sum, Floats word, const float* x) { return multiply_add(word, broadcast(*x), sum); }
+INLINE Lanes accumulate(Lanes sum, Lanes word, const Word* x) { return multiply_add(word, broadcast(*x), sum); }
+
+// The sum of a token's group of x.
+struct XGroup {
+  float sum;
+};
+
+INLINE Lanes from_zero_points(const uint8_t* p, int middle) { return sub(from_unsigned_bytes(p), broadcast(float(middle))); }
+INLINE Floats without_zero(Lanes sum, Lanes zero, const XGroup& x) { return multiply_subtract(zero, broadcast(x.sum), sum); }
+INLINE Floats to_floats(Lanes sum) { return sum; }
+INLINE Floats scaled(Floats sum, const XGroup&) { return sum; }
 
 #endif
 
 // A group of a tile: what turns its sums into weights' products.
 struct Group {
   float scale[kTile];
-  float zero[kTile];  // relative to the unpacked codes
+  Word zero[kTile];  // relative to the unpacked codes
   bool has_zero;
 };
 
@@ -243,44 +260,45 @@ inline const uint8_t* group_weights(const Call& call, const Tile& tile, int64_t 
 
 template <int BITS>
 INLINE void load_group(const Call& call, const Tile& tile, int64_t g, Group& group) {
-  constexpr float kMiddle = float(1 << (BITS - 1)) - Unpack<BITS>::kOffset;
+  constexpr int kMiddle = (1 << (BITS - 1)) - Unpack<BITS>::kOffset;
   group.has_zero = tile.zero_points || Unpack<BITS>::kOffset != 0;
   for (int i = 0; i < kTile; i += kLanes)
     store(group.scale + i, load_as(call.scale_dtype, tile.scales, g * kTile + i));
   if (tile.zero_points)
     for (int i = 0; i < kTile; i += kLanes)
-      store(group.zero + i, sub(from_unsigned_bytes(tile.zero_points + g * kTile + i), broadcast(kMiddle)));
+      store_words(group.zero + i, from_zero_points(tile.zero_points + g * kTile + i, kMiddle));
   else if (group.has_zero)
-    for (int i = 0; i < kTile; i += kLanes) store(group.zero + i, broadcast(Unpack<BITS>::kOffset));
+    for (int i = 0; i < kTile; i++) group.zero[i] = Unpack<BITS>::kOffset;
 }
 
-// totals[m][row] += scale * (sums - zero * x_sums[m]) for NB vectors of rows from `first`.
+// totals[m][row] += scale * (sums - zero * x[m].sum) for NB vectors of rows from `first`.
 template <int MB, int NB>
-INLINE void add_group(const Floats (&sums)[NB][MB], const Group& group, const float* x_sums, int first, float* totals) {
+INLINE void add_group(const Lanes (&sums)[NB][MB], const Group& group, const XGroup* x, int first, float* totals) {
   const bool has_zero = group.has_zero;
 #pragma GCC unroll 8
   for (int b = 0; b < NB; b++) {
     const int row = (first + b) * kLanes;
-    const Floats scale = load(group.scale + row), zero = has_zero ? load(group.zero + row) : zeros();
+    const Floats scale = load(group.scale + row);
+    const Lanes zero = has_zero ? load_words(group.zero + row) : no_lanes();
 #pragma GCC unroll 12
     for (int m = 0; m < MB; m++) {
       float* total = totals + m * kTile + row;
-      const Floats sum = has_zero ? multiply_subtract(zero, broadcast(x_sums[m]), sums[b][m]) : sums[b][m];
-      store(total, multiply_add(scale, sum, load(total)));
+      const Floats sum = has_zero ? without_zero(sums[b][m], zero, x[m]) : to_floats(sums[b][m]);
+      store(total, multiply_add(scale, scaled(sum, x[m]), load(total)));
     }
   }
 }
 
 // MB tokens times NB vectors of rows from `first`, straight from the packed codes of a group.
 template <int BITS, int MB, int NB>
-INLINE void multiply_packed(const Unpack<BITS>& unpack, const uint8_t* weights, int blocks, const float* x,
-                            int64_t x_stride, const Group& group, const float* x_sums, int first, float* totals) {
+INLINE void multiply_packed(const Unpack<BITS>& unpack, const uint8_t* weights, int blocks, const Word* x,
+                            int64_t x_stride, const Group& group, const XGroup* x_groups, int first, float* totals) {
   constexpr int kWords = Unpack<BITS>::kWords;
-  Floats sums[NB][MB];
+  Lanes sums[NB][MB];
 #pragma GCC unroll 8
   for (int b = 0; b < NB; b++)
 #pragma GCC unroll 12
-    for (int m = 0; m < MB; m++) sums[b][m] = zeros();
+    for (int m = 0; m < MB; m++) sums[b][m] = no_lanes();
   for (int block = 0; block < blocks; block++, x += x_stride)
 #pragma GCC unroll 1
     for (int word = 0; word < kBlockWords; word += kWords, weights += kStep) {
@@ -294,7 +312,7 @@ INLINE void multiply_packed(const Unpack<BITS>& unpack, const uint8_t* weights, 
       }
 #pragma GCC unroll 8
       for (int j = 0; j < kWords; j++) {
-        Floats words[NB];
+        Lanes words[NB];
 #pragma GCC unroll 8
         for (int b = 0; b < NB; b++) words[b] = unpack.at(raw[b], j);
 #pragma GCC unroll 12
@@ -304,7 +322,7 @@ INLINE void multiply_packed(const Unpack<BITS>& unpack, const uint8_t* weights, 
             sums[b][m] = accumulate(sums[b][m], words[b], x + m * kBlockWords + word + j);
       }
     }
-  add_group<MB, NB>(sums, group, x_sums, first, totals);
+  add_group<MB, NB>(sums, group, x_groups, first, totals);
 }
 
 // All groups of a tile for MB tokens.
@@ -316,19 +334,20 @@ TARGET void multiply_few(const Call& call, const Tile& tile, float* totals) {
   const int blocks = call.group_size / kBlock;
   const int64_t x_stride = MB * kBlockWords, group_bytes = tile_bytes(BITS, call.group_size);
   const uint8_t* weights = tile.weights;
-  const float* x = call.x_panel;
-  for (int64_t g = 0; g < call.groups(); g++, weights += group_bytes, x += blocks * x_stride) {
+  const Word* x = static_cast<const Word*>(call.x_panel);
+  const XGroup* x_groups = static_cast<const XGroup*>(call.x_groups);
+  for (int64_t g = 0; g < call.groups(); g++, weights += group_bytes, x += blocks * x_stride, x_groups += MB) {
     Group group;
     load_group<BITS>(call, tile, g, group);
 #pragma GCC unroll 1
     for (int first = 0; first < kVectors; first += NB)
-      multiply_packed<BITS, MB, NB>(unpack, weights, blocks, x, x_stride, group, call.x_sums + g * MB, first, totals);
+      multiply_packed<BITS, MB, NB>(unpack, weights, blocks, x, x_stride, group, x_groups, first, totals);
   }
 }
 
 // unpacked: [words of the group][kTile]. What will be unpacked next is fetched while this group is multiplied.
 template <int BITS>
-TARGET void unpack_group(const uint8_t* weights, const uint8_t* next, int words, float* unpacked) {
+TARGET void unpack_group(const uint8_t* weights, const uint8_t* next, int words, Word* unpacked) {
   constexpr int kWords = Unpack<BITS>::kWords;
   const Unpack<BITS> unpack;
   for (int word = 0; word < words; word += kWords, weights += kStep, next += kStep, unpacked += kWords * kTile)
@@ -337,7 +356,7 @@ TARGET void unpack_group(const uint8_t* weights, const uint8_t* next, int words,
       _mm_prefetch(reinterpret_cast<const char*>(next + cell_offset(v)), _MM_HINT_T1);
       const auto raw = unpack.load(weights, v);
 #pragma GCC unroll 8
-      for (int j = 0; j < kWords; j++) store(unpacked + j * kTile + v * kLanes, unpack.at(raw, j));
+      for (int j = 0; j < kWords; j++) store_words(unpacked + j * kTile + v * kLanes, unpack.at(raw, j));
     }
 }
 
@@ -345,30 +364,30 @@ constexpr int kRegisterTokens = 6, kRegisterVectors = kLanes == 16 ? 4 : 2;  // 
 
 // MB tokens times kRegisterVectors vectors of unpacked codes.
 template <int MB>
-TARGET void multiply_unpacked(const float* unpacked, int blocks, const float* x, int64_t x_stride, const Group& group,
-                              const float* x_sums, int first, float* totals) {
+TARGET void multiply_unpacked(const Word* unpacked, int blocks, const Word* x, int64_t x_stride, const Group& group,
+                              const XGroup* x_groups, int first, float* totals) {
   constexpr int NB = kRegisterVectors;
-  Floats sums[NB][MB];
+  Lanes sums[NB][MB];
 #pragma GCC unroll 8
   for (int b = 0; b < NB; b++)
 #pragma GCC unroll 12
-    for (int m = 0; m < MB; m++) sums[b][m] = zeros();
+    for (int m = 0; m < MB; m++) sums[b][m] = no_lanes();
   unpacked += first * kLanes;
   for (int block = 0; block < blocks; block++, x += x_stride)
 #pragma GCC unroll 4
     for (int word = 0; word < kBlockWords; word++, unpacked += kTile) {
-      Floats words[NB];
+      Lanes words[NB];
 #pragma GCC unroll 8
-      for (int b = 0; b < NB; b++) words[b] = load(unpacked + b * kLanes);
+      for (int b = 0; b < NB; b++) words[b] = load_words(unpacked + b * kLanes);
 #pragma GCC unroll 12
       for (int m = 0; m < MB; m++)
 #pragma GCC unroll 8
         for (int b = 0; b < NB; b++) sums[b][m] = accumulate(sums[b][m], words[b], x + m * kBlockWords + word);
     }
-  add_group<MB, NB>(sums, group, x_sums, first, totals);
+  add_group<MB, NB>(sums, group, x_groups, first, totals);
 }
 
-typedef void (*MultiplyUnpacked)(const float*, int, const float*, int64_t, const Group&, const float*, int, float*);
+typedef void (*MultiplyUnpacked)(const Word*, int, const Word*, int64_t, const Group&, const XGroup*, int, float*);
 constexpr MultiplyUnpacked kMultiplyUnpacked[kRegisterTokens] = {
     multiply_unpacked<1>, multiply_unpacked<2>, multiply_unpacked<3>,
     multiply_unpacked<4>, multiply_unpacked<5>, multiply_unpacked<6>,
@@ -376,20 +395,21 @@ constexpr MultiplyUnpacked kMultiplyUnpacked[kRegisterTokens] = {
 
 // Group g of a tile for all tokens. next: the weights that come after it.
 template <int BITS>
-TARGET void multiply_many(const Call& call, const Tile& tile, int64_t g, const uint8_t* next, float* unpacked,
+TARGET void multiply_many(const Call& call, const Tile& tile, int64_t g, const uint8_t* next, Word* unpacked,
                           float* totals) {
   const int blocks = call.group_size / kBlock;
   const int64_t tokens = call.tokens, x_stride = tokens * kBlockWords;
   unpack_group<BITS>(group_weights(call, tile, g), next, blocks * kBlockWords, unpacked);
   Group group;
   load_group<BITS>(call, tile, g, group);
-  const float* x = call.x_panel + g * blocks * x_stride;
+  const Word* x = static_cast<const Word*>(call.x_panel) + g * blocks * x_stride;
+  const XGroup* x_groups = static_cast<const XGroup*>(call.x_groups) + g * tokens;
   const int64_t parts = (tokens + kRegisterTokens - 1) / kRegisterTokens;
   for (int64_t part = 0, first_token = 0; part < parts; part++) {
     const int64_t count = (tokens - first_token + parts - part - 1) / (parts - part);
     for (int first = 0; first < kVectors; first += kRegisterVectors)
       kMultiplyUnpacked[count - 1](unpacked, blocks, x + first_token * kBlockWords, x_stride, group,
-                                   call.x_sums + g * tokens + first_token, first, totals + first_token * kTile);
+                                   x_groups + first_token, first, totals + first_token * kTile);
     first_token += count;
   }
 }
@@ -425,8 +445,8 @@ TARGET void store_tile(const Call& call, const Tile& tile, const float* totals) 
 
 // Item of lowbit_linear: some tiles for all tokens. scratch: an unpacked group, then totals [tiles][tokens][kTile].
 TARGET void multiply(const Call& call, int64_t item, uint8_t* scratch) {
-  float* unpacked = reinterpret_cast<float*>(scratch);
-  float* totals = unpacked + kMaxGroup * kTile;
+  Word* unpacked = reinterpret_cast<Word*>(scratch);
+  float* totals = reinterpret_cast<float*>(unpacked + kMaxGroup * kTile);
   const int64_t begin = item * call.item_tiles, left = call.tiles - begin, size = call.tokens * kTile;
   const int count = int(left < call.item_tiles ? left : call.item_tiles);
   Tile tiles[kMaxItem];
@@ -448,34 +468,61 @@ TARGET void multiply(const Call& call, int64_t item, uint8_t* scratch) {
   for (int t = 0; t < count; t++) store_tile(call, tiles[t], totals + t * size);
 }
 
+#if LOWBIT_DOT
+
+// One token of x into the panel, and its sum and scale per group: integers of 16 bits whose unit is the power of two
+// that is 2^14 to 2^15 times below the largest of the group. A group with an infinity is no number.
+TARGET void pack_x(const Call& call, int64_t token, uint8_t*) {
+  const uint8_t* x = call.x + token * call.columns * element_size(call.x_dtype);
+  Word* out = static_cast<Word*>(call.x_panel) + token * kBlockWords;
+  XGroup* group = static_cast<XGroup*>(call.x_groups) + token;
+  for (int64_t first = 0; first < call.columns; first += call.group_size, group += call.tokens) {
+    __m512i magnitude = _mm512_setzero_si512();  // order of magnitudes is that of their bits
+    for (int64_t k = first; k < first + call.group_size; k += kLanes) {
+      const __m512i bits = _mm512_castps_si512(load_as(call.x_dtype, x, k));
+      magnitude = _mm512_max_epi32(magnitude, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+    }
+    const int largest = _mm512_reduce_max_epi32(magnitude), exponent = largest >> 23;  // biased by 127
+    const int unit = (exponent < 27 ? 27 : exponent) - 14;  // far above what has no inverse or is denormal
+    const int bits = exponent == 255 ? 0x7fc00000 : unit << 23;
+    memcpy(&group->scale, &bits, 4);
+    const Floats inverse = _mm512_castsi512_ps(_mm512_set1_epi32((254 - unit) << 23));
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t block = 0; block < call.group_size; block += kBlock, out += call.tokens * kBlockWords)
+      for (int i = 0; i < kBlock; i += kLanes) {
+        const __m512i integers = _mm512_cvtps_epi32(mul(load_as(call.x_dtype, x, first + block + i), inverse));
+        sum = _mm512_add_epi32(sum, integers);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i / 2), _mm512_cvtsepi32_epi16(integers));
+      }
+    group->sum = _mm512_reduce_add_epi32(sum);
+  }
+}
+
+#else
+
 // One token of x into the panel, and its sums per group.
 TARGET void pack_x(const Call& call, int64_t token, uint8_t*) {
   const uint8_t* x = call.x + token * call.columns * element_size(call.x_dtype);
-  float* out = call.x_panel + token * kBlockWords;
+  Word* out = static_cast<Word*>(call.x_panel) + token * kBlockWords;
+  XGroup* group = static_cast<XGroup*>(call.x_groups) + token;
   const int group_blocks = call.group_size / kBlock;
   Floats sum = zeros();
   for (int64_t block = 0; block < call.columns / kBlock; block++, out += call.tokens * kBlockWords) {
-#if LOWBIT_DOT
-    memcpy(out, x + block * kBlock * 2, kBlock * 2);
-#endif
     for (int i = 0; i < kBlock; i += kLanes) {
       const Floats v = load_as(call.x_dtype, x, block * kBlock + i);
-#if !LOWBIT_DOT
       store(out + i, v);
-#endif
       sum = add(sum, v);
     }
     if ((block + 1) % group_blocks == 0) {
       float lanes[kLanes], total = 0;
       store(lanes, sum);
       for (float lane : lanes) total += lane;
-      call.x_sums[block / group_blocks * call.tokens + token] = total;
+      group->sum = total;
+      group += call.tokens;
       sum = zeros();
     }
   }
 }
-
-#if !LOWBIT_DOT
 
 template <int BITS>
 TARGET void dequantize_tile(const Call& call, const Tile& tile, float* unpacked) {
