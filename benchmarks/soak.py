@@ -79,6 +79,9 @@ def serve_lab(model: Path, plugins: str) -> AbstractContextManager[Server]:
     arguments += ["--kv-cache-memory-bytes", str(1 << 28), "--disable-uvicorn-access-log"]
     env = {"VLLM_PLUGINS": plugins, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     env["VLLM_CPU_KVCACHE_SPACE"] = None  # in whole GiB, and it would win over --kv-cache-memory-bytes
+    # Clients keep connections for longer than the 5 s after which a server closes idle ones. A request that is sent at
+    # that moment fails, whatever model is served.
+    env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "3600"
     return serving(vllm_command(model, arguments), env | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"})
 
 

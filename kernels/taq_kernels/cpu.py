@@ -1,8 +1,9 @@
 """The product of activations with 4- and 8-bit weights on a CPU.
 
 `lowbit.cpp` does it where it can be had (`cpu_build`) and the CPU has AVX2 or better: all shards of a layer in one
-call, sums in float32. Its header has the layout. Elsewhere torch's own int4 kernel does, in its own layout
-(`cpu_packing`), a shard at a time. Which of the two is a matter of the machine: packed weights are never stored.
+call, sums exact (VNNI) or in float32. Its header has the layout, and how exact it is. Elsewhere torch's own int4 kernel
+does, in its own layout (`cpu_packing`), a shard at a time. Which of the two is a matter of the machine: packed weights
+are never stored.
 
 With AMX, which multiplies matrices of bf16 several times as fast as FMA (on paper: no such machine was at hand), many
 tokens take another way: slabs of weights are rounded to 16 bits and the product is left to torch. The weights are never
@@ -13,7 +14,9 @@ AMX_FROM_TOKENS tokens it is the kernel's, from there on this other one.
 A process that forks after a product of several threads hangs in the child's first (libgomp), as with torch alone.
 """
 
+import contextlib
 import ctypes
+import mmap
 from collections.abc import Sequence
 from functools import cache, lru_cache
 
@@ -27,13 +30,13 @@ from taq_kernels.packing import PackedShard, check_codes
 ISAS = {"AVX2": 1, "AVX-512": 2, "AVX-512 VNNI": 3}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# From this many tokens on, AMX pays for unpacking. An estimate: no such machine was at hand. 32 tokens times
-# 4096 x 4096 take the kernel 6.8 ms (one thread of a Xeon, 2.95 GHz). Unpacking takes 2.9 ms at 4 bits and 3.4 at 8
-# (measured), and reading 32 MB of bf16 weights 2.5, which AMX would hardly exceed. Without AMX the kernel is the faster
-# one always: from 64 tokens on it multiplies at 84 to 91 % of what FMA can do.
+# From this many tokens on, AMX pays for unpacking. An estimate: no such machine was at hand. 64 tokens times
+# 4096 x 4096 take the kernel 6.8 ms at 4 bits and 7.4 at 8 (VNNI, one thread of a Xeon, 2.95 GHz). Unpacking takes 2.9
+# and 3.4 (measured), and reading 32 MB of bf16 weights 2.5, which AMX would hardly exceed. Without AMX the kernel is
+# the faster one always: from 64 tokens on it multiplies at 75 to 84 % of what vpdpwssd can do.
 # From here on, not below, weights are rounded too: 1.4 times the error, and on the other side of this number of tokens
 # the same token gets another result.
-AMX_FROM_TOKENS = 32
+AMX_FROM_TOKENS = 64
 _SLAB_ROWS = 512  # 4 MB of 16-bit weights at K = 4096: some megabytes a core is what L2 and L3 hold
 
 # From this many tokens on, unpacking pays for torch's int4 kernel. Milliseconds per 4096 x 4096 product, one thread of
@@ -42,6 +45,7 @@ _SLAB_ROWS = 512  # 4 MB of 16-bit weights at K = 4096: some megabytes a core is
 BLOCKWISE_FROM_TOKENS = {4: 112, 8: 48}
 
 _TILE_ROWS = 64  # kTile of lowbit.cpp
+_HUGE_PAGE = 1 << 21  # bytes; of x86, and of Arm with pages of 4 KB
 
 
 def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> PackedShard:
@@ -65,7 +69,7 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, gro
         scale_zeros = cpu_packing.pack_scale_zeros(scale, zero_point, bits)
         return PackedShard(bits, rows, columns, group_size, planes.flatten(), scale_zeros.flatten(), None)
     codes = codes.contiguous()
-    weights = torch.empty(library.lowbit_packed_bytes(bits, rows, columns), dtype=torch.uint8)
+    weights = empty_in_huge_pages(library.lowbit_packed_bytes(bits, rows, columns), torch.uint8)
     library.lowbit_pack(bits, codes.data_ptr(), rows, columns, weights.data_ptr())
     zero_points = None if zero_point is None else _to_tiles(zero_point)
     return PackedShard(bits, rows, columns, group_size, weights, _to_tiles(scale), zero_points)
@@ -115,7 +119,7 @@ def linear(
         bias: [sum N_i] in the dtype of x, or None.
 
     Returns:
-        [M, sum N_i] in the dtype of x.
+        [M, sum N_i] in the dtype of x. With VNNI a token that has an infinity is all NaN.
     """
     if _library() is None:
         return _linear_planes(x, weights, scales, bits, sizes, group_size, bias)
@@ -224,6 +228,22 @@ def packed_sizes(bits: int, rows: int, columns: int, group_size: int) -> tuple[i
         return padded * columns * bits // 8, groups * padded * 2 * (bits // 4)
     padded = -(-rows // _TILE_ROWS) * _TILE_ROWS
     return padded * columns * bits // 8, groups * padded
+
+
+def empty_in_huge_pages(count: int, dtype: torch.dtype) -> Tensor:
+    """A flat tensor for what is read from end to end, in pages of 2 MB as far as Linux gives them on request.
+
+    One token through 8 MB of 4-bit weights takes 0.58 ms so and 0.68 ms in pages of 4 KB: the hardware fetches ahead up
+    to the end of a page (a Xeon, 2.95 GHz). Memory of malloc would not do, what was used before keeps its pages.
+    """
+    size = count * dtype.itemsize
+    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(count, dtype=dtype)
+    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    offset = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % _HUGE_PAGE
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset)
 
 
 def supports(isa: int) -> bool:
@@ -338,7 +358,7 @@ def _check(status: int, bits: Sequence[int], isa: int, dtype: torch.dtype) -> No
     if status:
         raise ValueError(
             f"the CPU kernel can't multiply {dtype} by {list(bits)} bits with instruction set {isa} of {ISAS}: "
-            "needed are 4 or 8 bits and an instruction set that this CPU has, and VNNI is for activations of 16 bits alone"
+            "needed are 4 or 8 bits and an instruction set that this CPU has; VNNI takes activations of 16 bits alone"
         )
 
 

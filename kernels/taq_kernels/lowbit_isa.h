@@ -120,12 +120,12 @@ struct Unpack;
 
 #if LOWBIT_DOT
 
-typedef __m512i Lanes;  // of words, and of their sums
+typedef int32_t Lanes __attribute__((vector_size(64)));  // of words, and of their sums
 typedef int32_t Word;
 
-INLINE Lanes no_lanes() { return _mm512_setzero_si512(); }
-INLINE Lanes load_words(const Word* p) { return _mm512_loadu_si512(p); }
-INLINE void store_words(Word* p, Lanes v) { _mm512_storeu_si512(p, v); }
+INLINE Lanes no_lanes() { return Lanes{}; }
+INLINE Lanes load_words(const Word* p) { return (Lanes)_mm512_loadu_si512(p); }
+INLINE void store_words(Word* p, Lanes v) { _mm512_storeu_si512(p, (__m512i)v); }
 
 template <>
 struct Unpack<4> {
@@ -141,7 +141,7 @@ struct Unpack<4> {
   INLINE Raw load(const uint8_t* step, int v) const { return _mm512_loadu_si512(step + cell_offset(v)); }
   INLINE Lanes at(Raw raw, int j) const {
     typedef uint16_t Halves __attribute__((vector_size(64)));
-    return _mm512_permutexvar_epi16((__m512i)((Halves)raw >> (4 * j)), table);
+    return (Lanes)_mm512_permutexvar_epi16((__m512i)((Halves)raw >> (4 * j)), table);
   }
 };
 
@@ -159,13 +159,13 @@ struct Unpack<8> {
   INLINE Raw load(const uint8_t* step, int v) const { return step + cell_offset(v); }
   INLINE Lanes at(Raw raw, int j) const {
     const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(raw + 32 * j));
-    return _mm512_permutexvar_epi16(interleave, _mm512_cvtepi8_epi16(codes));
+    return (Lanes)_mm512_permutexvar_epi16(interleave, _mm512_cvtepi8_epi16(codes));
   }
 };
 
 // sum + word . x, two columns
 INLINE Lanes accumulate(Lanes sum, Lanes word, const Word* x) {
-  return _mm512_dpwssd_epi32(sum, word, _mm512_set1_epi32(*x));
+  return (Lanes)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)word, _mm512_set1_epi32(*x));
 }
 
 // A token's group of x: integers times a power of two, and the integers' sum.
@@ -176,14 +176,15 @@ struct XGroup {
 
 INLINE Lanes from_zero_points(const uint8_t* p, int middle) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(middle));
+  return (Lanes)_mm512_cvtepu8_epi32(bytes) - middle;
 }
+
+INLINE Floats to_floats(Lanes sum) { return _mm512_cvtepi32_ps((__m512i)sum); }
 
 // sum, less zero times x's: exact, for |sum| <= 128 columns * 128 * 2^15 < 2^31 and |zero * x.sum| is not more.
 INLINE Floats without_zero(Lanes sum, Lanes zero, const XGroup& x) {
-  return _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_mullo_epi32(zero, _mm512_set1_epi32(x.sum))));
+  return to_floats(sum - zero * x.sum);
 }
-INLINE Floats to_floats(Lanes sum) { return _mm512_cvtepi32_ps(sum); }
 INLINE Floats scaled(Floats sum, const XGroup& x) { return mul(sum, broadcast(x.scale)); }
 
 #else
@@ -483,7 +484,7 @@ TARGET void pack_x(const Call& call, int64_t token, uint8_t*) {
       magnitude = _mm512_max_epi32(magnitude, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
     }
     const int largest = _mm512_reduce_max_epi32(magnitude), exponent = largest >> 23;  // biased by 127
-    const int unit = (exponent < 27 ? 27 : exponent) - 14;  // far above what has no inverse or is denormal
+    const int unit = (exponent < 15 ? 15 : exponent) - 14;  // at least the smallest number that is not denormal
     const int bits = exponent == 255 ? 0x7fc00000 : unit << 23;
     memcpy(&group->scale, &bits, 4);
     const Floats inverse = _mm512_castsi512_ps(_mm512_set1_epi32((254 - unit) << 23));

@@ -148,7 +148,7 @@ def join(shards: Sequence[PackedShard], configs: "Mapping[int, Config] | None" =
     if first.weights.dtype == torch.int16:
         tables, launches = _launch_tables(shapes, first.columns, first.group_size, first.weights.device, configs)
     return Operands(
-        weights=torch.cat([shard.weights for shard in shards]),
+        weights=_joined_weights(shards),
         scales=torch.cat([shard.scales.to(scale_dtype) for shard in shards]),
         zero_points=zero_points,
         tables=tables,
@@ -292,6 +292,14 @@ def _check(
                 f"contiguous values of {' or '.join(map(str, dtypes))} on {x.device}. Operands are made by `join`, for "
                 "activations with the same number of columns."
             )
+
+
+def _joined_weights(shards: Sequence[PackedShard]) -> Tensor:
+    """The packed weights one after the other, on a CPU in huge pages."""
+    weights = [shard.weights for shard in shards]
+    if weights[0].device.type != "cpu":
+        return torch.cat(weights)
+    return torch.cat(weights, out=cpu.empty_in_huge_pages(sum(map(len, weights)), weights[0].dtype))
 
 
 def _zero_points(shard: PackedShard) -> Tensor:
