@@ -26,6 +26,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,6 +53,9 @@ GGUF = {"llama.cpp-q4_k_m": "Q4_K_M", "llama.cpp-q8_0": "Q8_0"}
 MODEL_NAME = "model"
 BLOCK = 128
 """Tokens of a block of vLLM's KV cache on a CPU."""
+SETTLE_S = 3
+"""Before each load: the worker of the server that was asked before spins for a second after its last step, on the cores
+of the next one."""
 CHECKED_PROMPTS = 16
 CHECKED_TOKENS = 64
 MAX_SHARE_OF_UNIFORM_GAP = 0.5
@@ -77,7 +81,7 @@ class Cell:
 DECODE = Cell(1, 128, 128, 3)
 FIRST_TOKEN = Cell(1, 1024, 16, 3)
 SMALL_BATCH = Cell(8, 128, 32, 3)
-BATCH = Cell(32, 128, 32, 3)
+BATCH = Cell(32, 128, 32, 2)
 CELLS = (DECODE, FIRST_TOKEN, SMALL_BATCH, BATCH)
 LONG_CELLS = (Cell(8, 1024, 16, 1), Cell(32, 1024, 8, 1))
 QUICK_CELLS = (Cell(1, 16, 8, 2), Cell(4, 16, 8, 1))
@@ -367,6 +371,7 @@ def measure(
                 start = round_ % len(contenders)
                 for contender in [*contenders[start:], *contenders[:start]]:
                     say(f"{cell.label}: round {round_ + 1} of {cell.rounds}, {contender.name}")
+                    time.sleep(SETTLE_S)
                     found = bench_serve(servers[contender.name], cell, prompts, model)
                     rounds[contender.name].append(found)
             for name, found in rounds.items():
