@@ -1,9 +1,9 @@
 """The product of activations with 4- and 8-bit weights on a CPU.
 
 `lowbit.cpp` does it where it can be had (`cpu_build`) and the CPU has AVX2 or better: all shards of a layer in one
-call, sums exact (VNNI) or in float32. Its header has the layout, and how exact it is. Elsewhere torch's own int4 kernel
-does, in its own layout (`cpu_packing`), a shard at a time. Which of the two is a matter of the machine: packed weights
-are never stored.
+call. Sums are float32 or, with VNNI, exact sums of integers that activations are rounded to; its header has the layout,
+and how exact that is. Elsewhere torch's own int4 kernel does, in its own layout (`cpu_packing`), a shard at a time.
+Which of the two is a matter of the machine: packed weights are never stored.
 
 With AMX, which multiplies matrices of bf16 several times as fast as FMA (on paper: no such machine was at hand), many
 tokens take another way: slabs of weights are rounded to 16 bits and the product is left to torch. The weights are never
@@ -31,7 +31,7 @@ ISAS = {"AVX2": 1, "AVX-512": 2, "AVX-512 VNNI": 3}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # From this many tokens on, AMX pays for unpacking. An estimate: no such machine was at hand. 64 tokens times
-# 4096 x 4096 take the kernel 6.8 ms at 4 bits and 7.4 at 8 (VNNI, one thread of a Xeon, 2.95 GHz). Unpacking takes 2.9
+# 4096 x 4096 take the kernel 6.8 ms at 4 bits and 7.4 at 8 (VNNI, one thread of a Xeon, 3 GHz). Unpacking takes 2.9
 # and 3.4 (measured), and reading 32 MB of bf16 weights 2.5, which AMX would hardly exceed. Without AMX the kernel is
 # the faster one always: from 64 tokens on it multiplies at 75 to 84 % of what vpdpwssd can do.
 # From here on, not below, weights are rounded too: 1.4 times the error, and on the other side of this number of tokens
@@ -119,7 +119,8 @@ def linear(
         bias: [sum N_i] in the dtype of x, or None.
 
     Returns:
-        [M, sum N_i] in the dtype of x. With VNNI a token that has an infinity is all NaN.
+        [M, sum N_i] in the dtype of x. With VNNI a token that has an infinity is all NaN, and
+        fp16 may have up to 1.7 times the error of rounding the result (`lowbit.cpp`).
     """
     if _library() is None:
         return _linear_planes(x, weights, scales, bits, sizes, group_size, bias)
@@ -142,7 +143,7 @@ def linear_with(
     """`linear` by the compiled kernel for one instruction set, one of `ISAS`.
 
     Raises:
-        ValueError: bits other than 4 and 8, or the CPU lacks the instruction set, or it is for bf16 and x is not.
+        ValueError: bits other than 4 and 8, or the CPU lacks the instruction set, or it is VNNI and x is float32.
         MemoryError: no memory for x in the kernel's layout.
     """
     (shards, bits_address, sizes_address, total), _arrays = _shards(tuple(bits), tuple(sizes))
@@ -233,16 +234,17 @@ def packed_sizes(bits: int, rows: int, columns: int, group_size: int) -> tuple[i
 def empty_in_huge_pages(count: int, dtype: torch.dtype) -> Tensor:
     """A flat tensor for what is read from end to end, in pages of 2 MB as far as Linux gives them on request.
 
-    One token through 8 MB of 4-bit weights takes 0.58 ms so and 0.68 ms in pages of 4 KB: the hardware fetches ahead up
-    to the end of a page (a Xeon, 2.95 GHz). Memory of malloc would not do, what was used before keeps its pages.
+    One token through 8 MB of 4-bit weights takes 0.58 ms so and 0.68 ms in pages of 4 KB (a Xeon, 3 GHz): the hardware
+    fetches ahead up to the end of a page. Memory of malloc would not do: what was used before keeps its pages.
     """
     size = count * dtype.itemsize
     if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(count, dtype=dtype)
     memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
     offset = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % _HUGE_PAGE
+    # Not what is left of the last one, which would be paid in full.
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE, offset, size // _HUGE_PAGE * _HUGE_PAGE)
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset)
 
 

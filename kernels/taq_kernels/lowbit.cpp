@@ -16,13 +16,19 @@
 // are plain vectors. Codes are exact in float32 and in int16, so weights are never rounded; per group
 //   total += s * (sum c x - (z - 2^(bits-1)) * sum x)
 // in float32, columns in order. A token's result depends neither on the other tokens nor on the number of threads.
-// With VNNI the sums of a group are exact integers: x of 16 bits becomes int16 in units of u, a power of two, 2^14 u <=
-// max |x| < 2^15 u over the token's group. In bf16 (8 significant bits) what is at least max |x| / 2^7 stays exact; the
-// rest is off by at most u / 2, 0.29 u RMS. The largest is at most sqrt(128) times the group's RMS, so the result's error
-// is below 0.29 * 2^-14 * 11.3 = 2e-4 of its RMS, whatever outliers there are, and rounding the result to bf16 is 1.1e-3
-// to 2.3e-3: together at most 1.7 % more. (fp16: 1.4e-4 to 2.8e-4; outliers can cost as much again.)
-// (lowbit_linear's. With AMX, and from 32 tokens on, cpu.py multiplies by what lowbit_dequantize gives instead: weights
-// are rounded then, 1.4 times the error, and a token's result depends on which side of 32 its batch is.)
+// (lowbit_linear's. With AMX, and from cpu.py's AMX_FROM_TOKENS on, cpu.py multiplies by what lowbit_dequantize gives:
+// weights are rounded then, 1.4 times the error, and a token's result depends on which side its batch is.)
+//
+// With VNNI, sums of a group are exact integers, but x is rounded first: to int16 in units of u, a power of two with
+// 2^14 u <= max |x| < 2^15 u over the token's group (u >= 2^-126: of a max |x| below 2^-112 bits are lost). For bf16,
+// of 8 bits itself, that is exact from max |x| / 2^7 on; what is smaller is off by u / 2 at most, 0.29 u RMS.
+//   Half of a group, zeros not counted, keeps 8 bits or more: where it would not, a second pass adds 15 bits, for bf16
+//   exact again. So x loses less than 0.29 / 2^8 = 1.1e-3 of its median, even if the weights of an outlier are 0 and
+//   only the others count.
+//   Usually it is far less. The largest of a group is at most sqrt(128) times its RMS; with weights of one size the
+//   result is off by at most 0.29 * 2^-14 * 11.3 = 2e-4 of its RMS.
+//   Rounding the result is 1.1e-3 to 2.3e-3 in bf16, 1.4e-4 to 2.8e-4 in fp16 (which so has up to 1.7 times the error).
+//
 // Few tokens: a code is unpacked into a register and multiplied with every token at once. Many: a group of a tile is
 // unpacked into the L1 cache and multiplied like a dense matrix.
 //
@@ -76,7 +82,7 @@ struct Tile {
 };
 
 // What all threads of a call share. x_panel: [K / kBlock][tokens] blocks of kBlock columns, as the instruction set
-// wants them; x_groups: [K / group][tokens] XGroup of the instruction set.
+// wants them; x_groups: [K / group][tokens] XGroup of the instruction set. Both once for each of its passes over x.
 struct Call {
   int threads, x_dtype, scale_dtype, group_size;
   int64_t tokens, columns;
@@ -99,6 +105,9 @@ struct Call {
   int item_tiles;
 
   int64_t groups() const { return columns / group_size; }
+  // From one pass over x to the next, in x_panel (of words) and in x_groups.
+  int64_t pass_words(int block_words) const { return tokens * (columns / kBlock) * block_words; }
+  int64_t pass_groups() const { return tokens * groups(); }
 
   Tile tile(int64_t index) const {
     int64_t first = 0, weight_offset = 0, skipped = 0;
@@ -165,8 +174,8 @@ struct Team {
 #include "lowbit_isa.h"
 
 struct Kernels {
-  int64_t panel_block_bytes;  // of one token,
-  int64_t x_group_bytes;      // and of its XGroup
+  int64_t panel_bytes;    // of one token's block in the panel, in all passes,
+  int64_t x_group_bytes;  // and of its XGroups
   void (*pack_x)(const Call&, int64_t token, uint8_t*);
   void (*multiply)(const Call&, int64_t item, uint8_t* scratch);
   void (*dequantize)(const Call&, int64_t tile, uint8_t* scratch);
@@ -174,10 +183,9 @@ struct Kernels {
 
 constexpr Kernels kKernels[] = {
     {},
-    {avx2::kBlockWords * 4, sizeof(avx2::XGroup), avx2::pack_x, avx2::multiply, avx2::dequantize},
-    {avx512::kBlockWords * 4, sizeof(avx512::XGroup), avx512::pack_x, avx512::multiply, avx512::dequantize},
-    {avx512_vnni::kBlockWords * 4, sizeof(avx512_vnni::XGroup), avx512_vnni::pack_x, avx512_vnni::multiply,
-     avx512::dequantize},
+    {avx2::kPanelBytes, avx2::kXGroupBytes, avx2::pack_x, avx2::multiply, avx2::dequantize},
+    {avx512::kPanelBytes, avx512::kXGroupBytes, avx512::pack_x, avx512::multiply, avx512::dequantize},
+    {avx512_vnni::kPanelBytes, avx512_vnni::kXGroupBytes, avx512_vnni::pack_x, avx512_vnni::multiply, avx512::dequantize},
 };
 
 bool supported(int isa) {
@@ -213,8 +221,8 @@ extern "C" {
 int lowbit_supported(int isa) { return supported(isa); }
 
 // The fastest instruction set of this CPU for activations of a dtype; 0 if there is none.
-// What an Intel Xeon (2.95 GHz) was measured to do, in G multiply-adds/s of a core: vpdpwssd 194, float32 FMA 93, vdpbf16ps
-// 46 (one every other cycle; there is no code for it).
+// What a core of an Intel Xeon (3 GHz) was measured to do, in G multiply-adds/s: vpdpwssd 194, float32 FMA 93,
+// vdpbf16ps 46 (one every other cycle; there is no code for it).
 int lowbit_best(int x_dtype) {
   if (x_dtype != kFloat32 && supported(kAvx512Vnni)) return kAvx512Vnni;
   return supported(kAvx512) ? kAvx512 : supported(kAvx2) ? kAvx2 : 0;
@@ -292,7 +300,7 @@ int lowbit_linear(int isa, int threads, int x_dtype, const uint8_t* x, int64_t t
   const int64_t shared = chunk >= kSharing ? call.tiles / (4 * threads) : 1;
   call.item_tiles = int(shared < 1 ? 1 : shared > kMaxItem ? kMaxItem : shared);
 
-  const int64_t panel = round_up(chunk * (columns / kBlock) * kernels.panel_block_bytes, 64);
+  const int64_t panel = round_up(chunk * (columns / kBlock) * kernels.panel_bytes, 64);
   const int64_t x_groups = round_up(chunk * call.groups() * kernels.x_group_bytes, 64);
   call.scratch_bytes = kMaxGroup * kTile * 4 + call.item_tiles * chunk * kTile * 4;
   uint8_t* memory = static_cast<uint8_t*>(aligned_alloc(64, size_t(panel + x_groups + threads * call.scratch_bytes)));

@@ -120,7 +120,8 @@ struct Unpack;
 
 #if LOWBIT_DOT
 
-typedef int32_t Lanes __attribute__((vector_size(64)));  // of words, and of their sums
+// Of words, and of their sums. With __m512i, gcc 12 stores the sums of multiply_unpacked to memory in every step.
+typedef int32_t Lanes __attribute__((vector_size(64)));
 typedef int32_t Word;
 
 INLINE Lanes no_lanes() { return Lanes{}; }
@@ -174,6 +175,10 @@ struct XGroup {
   float scale;
 };
 
+// Integers of x: its leading 16 bits, and 15 more for the tokens and groups that need them.
+constexpr int kPasses = 2;
+constexpr int kLeastBits = 8;  // that half of a group must have for the leading ones to do
+
 INLINE Lanes from_zero_points(const uint8_t* p, int middle) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return (Lanes)_mm512_cvtepu8_epi32(bytes) - middle;
@@ -181,9 +186,12 @@ INLINE Lanes from_zero_points(const uint8_t* p, int middle) {
 
 INLINE Floats to_floats(Lanes sum) { return _mm512_cvtepi32_ps((__m512i)sum); }
 
-// sum, less zero times x's: exact, for |sum| <= 128 columns * 128 * 2^15 < 2^31 and |zero * x.sum| is not more.
+static_assert(int64_t(kMaxGroup) * 128 * 32768 * 2 < int64_t(1) << 31, "a sum less its zero point's part fits int32");
+
+// sum, less zero times x's: exact until it becomes float32.
 INLINE Floats without_zero(Lanes sum, Lanes zero, const XGroup& x) {
-  return to_floats(sum - zero * x.sum);
+  const __m512i part = _mm512_mullo_epi32((__m512i)zero, _mm512_set1_epi32(x.sum));
+  return to_floats((Lanes)_mm512_sub_epi32((__m512i)sum, part));
 }
 INLINE Floats scaled(Floats sum, const XGroup& x) { return mul(sum, broadcast(x.scale)); }
 
@@ -241,12 +249,20 @@ struct XGroup {
   float sum;
 };
 
-INLINE Lanes from_zero_points(const uint8_t* p, int middle) { return sub(from_unsigned_bytes(p), broadcast(float(middle))); }
-INLINE Floats without_zero(Lanes sum, Lanes zero, const XGroup& x) { return multiply_subtract(zero, broadcast(x.sum), sum); }
+constexpr int kPasses = 1;
+
+INLINE Lanes from_zero_points(const uint8_t* p, int middle) {
+  return sub(from_unsigned_bytes(p), broadcast(float(middle)));
+}
+INLINE Floats without_zero(Lanes sum, Lanes zero, const XGroup& x) {
+  return multiply_subtract(zero, broadcast(x.sum), sum);
+}
 INLINE Floats to_floats(Lanes sum) { return sum; }
 INLINE Floats scaled(Floats sum, const XGroup&) { return sum; }
 
 #endif
+
+constexpr int64_t kPanelBytes = kPasses * kBlockWords * sizeof(Word), kXGroupBytes = kPasses * sizeof(XGroup);
 
 // A group of a tile: what turns its sums into weights' products.
 struct Group {
@@ -326,6 +342,15 @@ INLINE void multiply_packed(const Unpack<BITS>& unpack, const uint8_t* weights, 
   add_group<MB, NB>(sums, group, x_groups, first, totals);
 }
 
+// How often a group is multiplied for `count` tokens. Those that would do with less have scale 0 in later passes.
+INLINE int passes_of(const Call& call, const XGroup* x, int64_t count) {
+#if LOWBIT_DOT
+  for (int64_t m = 0; m < count; m++)
+    if (x[call.pass_groups() + m].scale != 0) return kPasses;
+#endif
+  return 1;
+}
+
 // All groups of a tile for MB tokens.
 template <int BITS, int MB>
 TARGET void multiply_few(const Call& call, const Tile& tile, float* totals) {
@@ -340,9 +365,12 @@ TARGET void multiply_few(const Call& call, const Tile& tile, float* totals) {
   for (int64_t g = 0; g < call.groups(); g++, weights += group_bytes, x += blocks * x_stride, x_groups += MB) {
     Group group;
     load_group<BITS>(call, tile, g, group);
+    const int passes = passes_of(call, x_groups, MB);
+    for (int pass = 0; pass < passes; pass++)
 #pragma GCC unroll 1
-    for (int first = 0; first < kVectors; first += NB)
-      multiply_packed<BITS, MB, NB>(unpack, weights, blocks, x, x_stride, group, x_groups, first, totals);
+      for (int first = 0; first < kVectors; first += NB)
+        multiply_packed<BITS, MB, NB>(unpack, weights, blocks, x + pass * call.pass_words(kBlockWords), x_stride, group,
+                                      x_groups + pass * call.pass_groups(), first, totals);
   }
 }
 
@@ -408,9 +436,14 @@ TARGET void multiply_many(const Call& call, const Tile& tile, int64_t g, const u
   const int64_t parts = (tokens + kRegisterTokens - 1) / kRegisterTokens;
   for (int64_t part = 0, first_token = 0; part < parts; part++) {
     const int64_t count = (tokens - first_token + parts - part - 1) / (parts - part);
-    for (int first = 0; first < kVectors; first += kRegisterVectors)
-      kMultiplyUnpacked[count - 1](unpacked, blocks, x + first_token * kBlockWords, x_stride, group,
-                                   x_groups + first_token, first, totals + first_token * kTile);
+    const int passes = passes_of(call, x_groups + first_token, count);
+    for (int pass = 0; pass < passes; pass++) {
+      const Word* part_x = x + pass * call.pass_words(kBlockWords) + first_token * kBlockWords;
+      const XGroup* part_groups = x_groups + pass * call.pass_groups() + first_token;
+      for (int first = 0; first < kVectors; first += kRegisterVectors)
+        kMultiplyUnpacked[count - 1](unpacked, blocks, part_x, x_stride, group, part_groups, first,
+                                     totals + first_token * kTile);
+    }
     first_token += count;
   }
 }
@@ -471,31 +504,60 @@ TARGET void multiply(const Call& call, int64_t item, uint8_t* scratch) {
 
 #if LOWBIT_DOT
 
-// One token of x into the panel, and its sum and scale per group: integers of 16 bits whose unit is the power of two
-// that is 2^14 to 2^15 times below the largest of the group. A group with an infinity is no number.
+// What becomes of one token's group: integers into the panel, their sum and scale.
+INLINE void pack_integers(const Call& call, const Floats (&integers)[kMaxGroup / kLanes], int unit, Word* out,
+                          XGroup* group) {
+  __m512i sum = _mm512_setzero_si512();
+  for (int i = 0; i < call.group_size / kLanes; i++) {
+    const __m512i part = _mm512_cvtps_epi32(integers[i]);
+    sum = _mm512_add_epi32(sum, part);
+    __m256i* place = reinterpret_cast<__m256i*>(out + i / 2 * call.tokens * kBlockWords + i % 2 * 8);
+    _mm256_storeu_si256(place, _mm512_cvtsepi32_epi16(part));
+  }
+  const int scale = unit << 23;
+  memcpy(&group->scale, &scale, 4);
+  group->sum = _mm512_reduce_add_epi32(sum);
+}
+
+// One token of x into the panel, and its sum and scale per group, in units of a power of two (its exponent is biased by
+// 127). A group with an infinity or NaN is NaN.
 TARGET void pack_x(const Call& call, int64_t token, uint8_t*) {
   const uint8_t* x = call.x + token * call.columns * element_size(call.x_dtype);
   Word* out = static_cast<Word*>(call.x_panel) + token * kBlockWords;
   XGroup* group = static_cast<XGroup*>(call.x_groups) + token;
+  const int count = call.group_size / kLanes;
   for (int64_t first = 0; first < call.columns; first += call.group_size, group += call.tokens) {
-    __m512i magnitude = _mm512_setzero_si512();  // order of magnitudes is that of their bits
-    for (int64_t k = first; k < first + call.group_size; k += kLanes) {
-      const __m512i bits = _mm512_castps_si512(load_as(call.x_dtype, x, k));
-      magnitude = _mm512_max_epi32(magnitude, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+    Floats values[kMaxGroup / kLanes];
+    __m512i largest = _mm512_setzero_si512();  // floats that are not negative compare like their bits
+    for (int i = 0; i < count; i++) {
+      values[i] = load_as(call.x_dtype, x, first + i * kLanes);
+      const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(values[i]), _mm512_set1_epi32(0x7fffffff));
+      largest = _mm512_max_epi32(largest, magnitude);
     }
-    const int largest = _mm512_reduce_max_epi32(magnitude), exponent = largest >> 23;  // biased by 127
-    const int unit = (exponent < 15 ? 15 : exponent) - 14;  // at least the smallest number that is not denormal
-    const int bits = exponent == 255 ? 0x7fc00000 : unit << 23;
-    memcpy(&group->scale, &bits, 4);
+    const int exponent = _mm512_reduce_max_epi32(largest) >> 23;
+    const int unit = (exponent < 15 ? 15 : exponent) - 14;  // not denormal
     const Floats inverse = _mm512_castsi512_ps(_mm512_set1_epi32((254 - unit) << 23));
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t block = 0; block < call.group_size; block += kBlock, out += call.tokens * kBlockWords)
-      for (int i = 0; i < kBlock; i += kLanes) {
-        const __m512i integers = _mm512_cvtps_epi32(mul(load_as(call.x_dtype, x, first + block + i), inverse));
-        sum = _mm512_add_epi32(sum, integers);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i / 2), _mm512_cvtsepi32_epi16(integers));
+    int present = 0, small = 0;
+    for (int i = 0; i < count; i++) {
+      values[i] = mul(values[i], inverse);
+      const __mmask16 is_present = _mm512_cmp_ps_mask(values[i], zeros(), _CMP_NEQ_UQ);
+      present += __builtin_popcount(is_present);
+      const Floats least = broadcast(1 << kLeastBits);
+      small += __builtin_popcount(_mm512_mask_cmp_ps_mask(is_present, _mm512_abs_ps(values[i]), least, _CMP_LT_OQ));
+    }
+    pack_integers(call, values, unit, out, group);
+    XGroup* rest = group + call.pass_groups();
+    *rest = {};
+    if (exponent == 255) {
+      group->scale = __builtin_nanf("");
+    } else if (2 * small > present && unit > 15) {
+      for (int i = 0; i < count; i++) {
+        const Floats leading = _mm512_roundscale_ps(values[i], _MM_FROUND_TO_NEAREST_INT);
+        values[i] = mul(sub(values[i], leading), broadcast(1 << 15));
       }
-    group->sum = _mm512_reduce_add_epi32(sum);
+      pack_integers(call, values, unit - 15, out + call.pass_words(kBlockWords), rest);
+    }
+    out += call.group_size / kBlock * call.tokens * kBlockWords;
   }
 }
 

@@ -295,8 +295,10 @@ def _check(
 
 
 def _joined_weights(shards: Sequence[PackedShard]) -> Tensor:
-    """The packed weights one after the other, on a CPU in huge pages."""
+    """The packed weights one after the other, on a CPU in huge pages as `cpu.pack` has them."""
     weights = [shard.weights for shard in shards]
+    if len(weights) == 1:
+        return weights[0]
     if weights[0].device.type != "cpu":
         return torch.cat(weights)
     return torch.cat(weights, out=cpu.empty_in_huge_pages(sum(map(len, weights)), weights[0].dtype))
