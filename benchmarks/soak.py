@@ -23,7 +23,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.measuring import print_and_exit
-from benchmarks.random_model import quantize_cached
+from benchmarks.random_model import make_prompts, quantize_cached
 from benchmarks.server import Server, memory_bytes, serving, vllm_command
 
 LAB = Path(__file__).parent / "lab"
@@ -34,6 +34,8 @@ MAX_MODEL_LEN = 512
 PROMPTS = 16
 MAX_TOKENS = 24
 ABORTERS = 2
+LARGEST_BATCH = 24
+VOCABULARY = 3072  # of the lab model
 SAMPLE_S = 5
 MOST_GROWTH = 0.01
 """Of the memory in the last third of the time over that in the second: caches fill in the first."""
@@ -108,8 +110,9 @@ class Load:
         self.memory: list[int] = []
 
     async def run(self, http: Any) -> None:
-        """All at once."""
+        """The largest batch first: malloc keeps what it took, so that what grows later was lost. Then all at once."""
         self.work.mkdir(exist_ok=True)
+        await self._largest_batch(http)
         aborters = [self._abort(http, index) for index in range(ABORTERS)]
         await asyncio.gather(self._bench(), self._watch_memory(), *aborters)
 
@@ -117,6 +120,15 @@ class Load:
         """For the result line."""
         counts = {"completed": self.completed, "failed": self.failed, "aborted": self.aborted}
         return {**counts, "errors": dict(self.errors), "memory_bytes": self.memory}
+
+    async def _largest_batch(self, http: Any) -> None:
+        """More and longer prompts at once than all others together."""
+        for seed in range(2):
+            prompts = make_prompts(LARGEST_BATCH, MAX_MODEL_LEN - MAX_TOKENS, VOCABULARY, seed)
+            bodies = [VALID | {"prompt": prompt, "max_tokens": MAX_TOKENS, "ignore_eos": True} for prompt in prompts]
+            url = f"{self.server.url}/v1/completions"
+            for response in await asyncio.gather(*(http.post(url, json=body) for body in bodies)):
+                response.raise_for_status()
 
     async def _bench(self) -> None:
         """`vllm bench serve` with other lengths and another seed each time."""
