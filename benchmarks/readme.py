@@ -132,9 +132,10 @@ def soak_table(lines: list[Line]) -> str:
     """What a server is after ten minutes of mixed load."""
     from benchmarks.soak import render
 
-    table, *sentences = render(lines)
+    load, malformed, *sentences = render(lines)
     title = "**Ten minutes of mixed load** (`python -m benchmarks.soak`): "
-    return "\n".join([title + _markdown(table), "", *(f"- {sentence}" for sentence in sentences)])
+    tables = [title + _markdown(load), "", _markdown(malformed), ""]
+    return "\n".join([*tables, *(f"- {sentence}" for sentence in sentences)])
 
 
 def large_table(lines: list[Line]) -> str:

@@ -10,36 +10,51 @@ from benchmarks import soak
 
 LINE = {
     "minutes": 10,
-    "completed": 1000,
-    "failed": 0,
-    "aborted": 50,
+    "servers": {
+        soak.PLAN: {
+            "completed": 1000,
+            "failed": 0,
+            "aborted": 50,
+            "errors": {},
+            "memory_bytes": [500, 900, 1000, 1000, 1004, 1006],
+        },
+        soak.REFERENCE: {
+            "completed": 1100,
+            "failed": 0,
+            "aborted": 60,
+            "errors": {},
+            "memory_bytes": [500, 900, 1000, 1000, 1012, 1012],
+        },
+    },
     "malformed": {"no JSON": {"400 400": 3}, "an unknown model": {"404 404": 3}},
-    "memory_bytes": [500, 900, 1000, 1000, 1004, 1006],
     "answers": 16,
     "answers_equal": 16,
 }
 
 
-def judged(**changes):
-    return list(soak.requirements(LINE | changes).values())
+def judged(plan=None, **changes):
+    line = LINE | changes
+    line["servers"] = LINE["servers"] | {soak.PLAN: LINE["servers"][soak.PLAN] | (plan or {})}
+    return list(soak.requirements(line).values())
 
 
 def test_growth_is_that_of_the_last_third_over_the_second():
-    assert soak.growth(LINE) == pytest.approx(0.005)
+    assert soak.growth(LINE["servers"][soak.PLAN]["memory_bytes"]) == pytest.approx(0.005)
 
 
 def test_a_server_that_stays_what_it_was_passes():
-    assert judged() == [True] * 5
+    assert judged() == [True] * 6
 
 
 @pytest.mark.parametrize(
     ("changes", "which"),
     [
-        ({"failed": 1}, [0]),
+        ({"plan": {"failed": 1}}, [0]),
         ({"malformed": {"no JSON": {"200 400": 1, "400 400": 2}}}, [1]),
         ({"malformed": {"no JSON": {"500 500": 1}}}, [2]),
-        ({"memory_bytes": [500, 900, 1000, 1000, 1020, 1006]}, [3]),
-        ({"answers_equal": 15}, [4]),
+        ({"plan": {"memory_bytes": [500, 900, 1000, 1000, 1011, 1012]}}, [3]),
+        ({"plan": {"memory_bytes": [500, 900, 1000, 1000, 1020, 1014]}}, [3, 4]),
+        ({"answers_equal": 15}, [5]),
     ],
 )
 def test_every_requirement_can_fail(changes, which):
