@@ -1,10 +1,10 @@
 """Ten minutes of everything at once: does the server of a plan stay what it was?
 
 A mixed plan of the lab model is served by a real `vllm serve`, and beside it the model in 16 bits. To each of them
-`vllm bench serve` sends requests of random lengths without pause; at the same time clients break their connections in
-the middle of an answer, and others send what no server should accept. Then: requests that were valid were all answered,
-malformed ones got from both servers the same status, memory did not grow, and the answers are those of the start, to
-the letter.
+`vllm bench serve` sends requests of random lengths, round after round; at the same time clients break their connections
+in the middle of an answer, and others send what no server should accept. Must hold: requests that were valid were all
+answered, malformed ones got from both servers the same status, memory did not grow, and the answers are those of the
+start, to the letter.
 
     python -m benchmarks.soak --out benchmarks/results/soak-cpu.jsonl
     python -m benchmarks.soak --table benchmarks/results/soak-cpu.jsonl
@@ -29,7 +29,7 @@ from benchmarks.server import Server, memory_bytes, serving, vllm_command
 LAB = Path(__file__).parent / "lab"
 MODEL_NAME = "model"
 PLAN, REFERENCE = "plan", "16-bit"
-MINUTES = 10
+MINUTES, LEAST_MINUTES = 10, 1
 MAX_MODEL_LEN = 512
 PROMPTS = 16
 MAX_TOKENS = 24
@@ -38,7 +38,7 @@ LARGEST_BATCH = 24
 VOCABULARY = 3072  # of the lab model
 SAMPLE_S = 5
 MOST_GROWTH = 0.01
-"""Of the memory in the last third of the time over that in the second: caches fill in the first."""
+"""Of the memory in the last third of the time over that in the second."""
 VALID = {"model": MODEL_NAME, "prompt": "The", "max_tokens": 4, "temperature": 0}
 MALFORMED: dict[str, bytes] = {
     "no JSON": b"{",
@@ -81,8 +81,8 @@ def serve_lab(model: Path, plugins: str) -> AbstractContextManager[Server]:
     arguments += ["--kv-cache-memory-bytes", str(1 << 28), "--disable-uvicorn-access-log"]
     env = {"VLLM_PLUGINS": plugins, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     env["VLLM_CPU_KVCACHE_SPACE"] = None  # in whole GiB, and it would win over --kv-cache-memory-bytes
-    # Clients keep connections for longer than the 5 s after which a server closes idle ones. A request that is sent at
-    # that moment fails, whatever model is served.
+    # A server closes a connection that was idle for 5 s, and clients keep theirs for longer: of 800 requests 16 failed
+    # with ServerDisconnectedError, none of 1200 since. Seen with a plan; it does not depend on the model.
     env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "3600"
     return serving(vllm_command(model, arguments), env | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"})
 
@@ -100,6 +100,16 @@ def answers(server: Server) -> list[str]:
     ]
 
 
+async def warm_up(server: Server, http: Any) -> None:
+    """More and longer prompts at once than will come: malloc keeps what the largest batch has taken."""
+    for seed in range(2):
+        prompts = make_prompts(LARGEST_BATCH, MAX_MODEL_LEN - MAX_TOKENS, VOCABULARY, seed)
+        bodies = [VALID | {"prompt": prompt, "max_tokens": MAX_TOKENS, "ignore_eos": True} for prompt in prompts]
+        url = f"{server.url}/v1/completions"
+        for response in await asyncio.gather(*(http.post(url, json=body) for body in bodies)):
+            response.raise_for_status()
+
+
 class Load:
     """What is done to a server until a time has come, and what came of it."""
 
@@ -110,9 +120,8 @@ class Load:
         self.memory: list[int] = []
 
     async def run(self, http: Any) -> None:
-        """The largest batch first: malloc keeps what it took, so that what grows later was lost. Then all at once."""
+        """All at once."""
         self.work.mkdir(exist_ok=True)
-        await self._largest_batch(http)
         aborters = [self._abort(http, index) for index in range(ABORTERS)]
         await asyncio.gather(self._bench(), self._watch_memory(), *aborters)
 
@@ -120,15 +129,6 @@ class Load:
         """For the result line."""
         counts = {"completed": self.completed, "failed": self.failed, "aborted": self.aborted}
         return {**counts, "errors": dict(self.errors), "memory_bytes": self.memory}
-
-    async def _largest_batch(self, http: Any) -> None:
-        """More and longer prompts at once than all others together."""
-        for seed in range(2):
-            prompts = make_prompts(LARGEST_BATCH, MAX_MODEL_LEN - MAX_TOKENS, VOCABULARY, seed)
-            bodies = [VALID | {"prompt": prompt, "max_tokens": MAX_TOKENS, "ignore_eos": True} for prompt in prompts]
-            url = f"{self.server.url}/v1/completions"
-            for response in await asyncio.gather(*(http.post(url, json=body) for body in bodies)):
-                response.raise_for_status()
 
     async def _bench(self) -> None:
         """`vllm bench serve` with other lengths and another seed each time."""
@@ -164,15 +164,16 @@ class Load:
         while time.monotonic() < self.end:
             body = VALID | {"prompt": f"{index} {self.aborted}", "max_tokens": 256, "stream": True, "ignore_eos": True}
             async with http.stream("POST", f"{self.server.url}/v1/completions", json=body) as response:
-                if response.status_code != 200:
-                    self.failed += 1
-                    self.errors[f"{response.status_code} to a request that was to be broken off"] += 1
                 chunks, wanted = 0, 1 + self.aborted % 8
                 async for line in response.aiter_lines():
-                    chunks += line.startswith("data:")
+                    chunks += line.startswith("data:") and '"error"' not in line
                     if chunks == wanted:
                         break
-            self.aborted += 1
+            if chunks == wanted:
+                self.aborted += 1
+            else:
+                self.failed += 1
+                self.errors[f"{response.status_code} with {chunks} of {wanted} chunks"] += 1
             await asyncio.sleep(0.2)
 
     async def _watch_memory(self) -> None:
@@ -200,9 +201,11 @@ async def load_servers(servers: Mapping[str, Server], minutes: float, work: Path
     """Everything at once on all servers: what came of it, for the result line."""
     import httpx
 
-    end = time.monotonic() + 60 * minutes
-    loads = {name: Load(server, end, work / name) for name, server in servers.items()}
     async with httpx.AsyncClient(timeout=60) as http:
+        for server in servers.values():
+            await warm_up(server, http)
+        end = time.monotonic() + 60 * minutes
+        loads = {name: Load(server, end, work / name) for name, server in servers.items()}
         running = [load.run(http) for load in loads.values()]
         malformed, *_ = await asyncio.gather(send_malformed(list(servers.values()), end, http), *running)
     return {
@@ -240,24 +243,23 @@ def requirements(line: Mapping[str, Any]) -> dict[str, bool]:
     """What must hold, and whether it does."""
     pairs = [pair.split() for counts in line["malformed"].values() for pair in counts]
     plan = line["servers"][PLAN]
-    grown, grown_in_16_bits = (growth(line["servers"][name]["memory_bytes"]) for name in (PLAN, REFERENCE))
+    grown, reference = (growth(line["servers"][name]["memory_bytes"]) for name in (PLAN, REFERENCE))
     return {
         "no valid request failed": plan["failed"] == 0 and plan["completed"] > 0,
         "malformed requests got from both servers the same status": all(ours == theirs for ours, theirs in pairs),
         "and none of 500 and more": all(int(ours) < 500 for ours, _ in pairs),
-        f"memory grew by at most {MOST_GROWTH:.0%} ({grown:+.2%})": grown <= MOST_GROWTH,
-        f"or by no more than in 16 bits ({grown_in_16_bits:+.2%})": grown <= grown_in_16_bits,
+        f"memory grew by at most {MOST_GROWTH:.0%} ({grown:+.2%}; in 16 bits {reference:+.2%})": grown <= MOST_GROWTH,
         "the answers at the end are those of the start": line["answers_equal"] == line["answers"],
     }
 
 
 def render(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """A table of the malformed requests, and a sentence per requirement."""
+    """Tables of the valid and of the malformed requests, and a sentence per requirement."""
     from rich.table import Table
 
     (line,) = lines
     load = Table(title=f"{line['minutes']:g} minutes; requests, and memory in MB")
-    for column in ("server", "answered", "failed", "broken off", "memory from", "to", "growth"):
+    for column in ("server", "answered", "failed", "broken off", "memory least", "most", "growth"):
         load.add_column(column, justify="left" if column == "server" else "right")
     for name, found in line["servers"].items():
         memory, counts = found["memory_bytes"], (found[count] for count in ("completed", "failed", "aborted"))
@@ -280,8 +282,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--table", type=Path, metavar="FILE", help="only print the table of this line")
     arguments = parser.parse_args()
-    if arguments.minutes * 60 < 3 * SAMPLE_S:
-        parser.error(f"got --minutes {arguments.minutes:g}; memory is read every {SAMPLE_S} s: give at least 0.5")
+    if arguments.minutes < LEAST_MINUTES:
+        parser.error(f"got --minutes {arguments.minutes:g}; memory is read now and then: give at least {LEAST_MINUTES}")
     if not arguments.table:
         arguments.work.mkdir(parents=True, exist_ok=True)
     line = json.loads(arguments.table.read_text()) if arguments.table else measure(arguments.work, arguments.minutes)

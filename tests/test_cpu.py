@@ -223,25 +223,34 @@ def test_integers_of_16_bits_are_as_exact_as_the_kernels_header_says(dtype, time
         assert relative_rms(got[token], expected[token]) < 1.07 * math.hypot(rounding, 2e-4)
 
 
-@pytest.mark.parametrize("outliers", [1, 8, 50])
-@pytest.mark.parametrize("times", [10, 100, 1000, 10000])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("outliers", [1, 8, 30])
+@pytest.mark.parametrize("times", [5, 13, 50, 200, 10000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("bits", "group_size", "tokens"), [(4, 128, 3), (8, 128, 40), (8, 64, 300), (4, 64, 12)])
 @needs_vnni
-def test_outliers_whose_weights_are_zero_do_not_cost_the_others_their_accuracy(tokens, bits, times, outliers):
-    codes, scale, _ = matrix(512, 256, bits)
-    x = activations(tokens, 256)
-    for first in (0, 128):
+def test_outliers_whose_weights_are_zero_do_not_cost_the_others_their_accuracy(
+    bits, group_size, tokens, dtype, times, outliers
+):
+    codes, scale, zero_point = matrix(512, 256, bits, group_size, symmetric=False)
+    x = activations(tokens, 256, dtype=dtype)
+    others = torch.ones(256, dtype=torch.bool)
+    for first in range(0, 256, group_size):
         columns = slice(first + 3, first + 3 + outliers)
-        x[:, columns] = 3.0 * times
-        codes[:, columns] = 2 ** (bits - 1)
-    x[1, :128] /= times  # a group of outliers alone is none: groups and tokens are judged by themselves
-    expected = x.double() @ weights_of(codes, scale, None, bits, 128).T
-    got = cpu.linear_with(cpu.ISAS["AVX-512 VNNI"], x, *join([cpu.pack(codes, scale, None, bits, 128)]), None)
-    # What x has lost, 1.1e-3 of its median at most, which is 0.67 of its RMS; and rounding the result to bf16.
+        x[::2, columns], others[columns] = 3.0 * times, False
+        codes[:, columns] = zero_point[:, first // group_size].unsqueeze(1)
+    operands = join([cpu.pack(codes, scale, zero_point, bits, group_size)])
+    expected = x.double() @ weights_of(codes, scale, zero_point, bits, group_size).T
+    got = cpu.linear_with(cpu.ISAS["AVX-512 VNNI"], x, *operands, None)
+    # What each group has lost of its median, and rounding the result. The RMS of 136 errors, the fewest, is off by 4 %;
+    # with 10,000 tokens in all one is off by four times that.
+    medians = (
+        x.double().abs().view(tokens, -1, group_size).kthvalue(group_size // 2 + 1, dim=2)[0].square().mean(1).sqrt()
+    )
+    lost = 0.29 / (2**8 if dtype == torch.bfloat16 else 2**11) * medians
+    lost /= x[:, others].double().square().mean(1).sqrt()
     for token in range(tokens):
-        rounding = relative_rms(expected[token].to(x.dtype), expected[token])
-        assert relative_rms(got[token], expected[token]) < 1.1 * math.hypot(rounding, 1.1e-3 * 0.67)
+        rounding = relative_rms(expected[token].to(dtype), expected[token])
+        assert relative_rms(got[token], expected[token]) < 1.16 * math.hypot(rounding, lost[token])
 
 
 @pytest.mark.parametrize("isa", isas())
@@ -294,16 +303,23 @@ def test_shards_of_different_bits_and_ragged_sizes_are_one_call(isa, with_bias, 
 
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_token_is_computed_alike_whatever_comes_with_it_and_by_any_number_of_threads(isa, bits, one_thread_after):
-    operands = join([cpu.pack(*matrix(200, 256, bits, symmetric=False), bits, 128)])
+@pytest.mark.parametrize("group_size", [128, 32])
+@pytest.mark.parametrize("outlier", [1, 1000])
+def test_a_token_is_computed_alike_whatever_comes_with_it_and_by_any_number_of_threads(
+    isa, bits, group_size, outlier, one_thread_after
+):
+    operands = join([cpu.pack(*matrix(200, 256, bits, group_size, symmetric=False), bits, group_size)])
     x = activations(300, 256)
+    x[::3, 5] *= outlier  # these tokens' first group needs a second pass with VNNI, their neighbours' does not
     torch.set_num_threads(1)
-    whole = cpu.linear_with(isa, x, *operands, None)
+    whole = cpu.linear_with(isa, x, *operands, None).view(torch.int16)
     for tokens in (1, 2, 3, 5, 8, 12, 13, 64, 193):
-        assert torch.equal(cpu.linear_with(isa, x[:tokens], *operands, None), whole[:tokens])
+        for first in (0, 1):
+            part = cpu.linear_with(isa, x[first : first + tokens], *operands, None)
+            assert torch.equal(part.view(torch.int16), whole[first : first + tokens])
     torch.set_num_threads(2)
     for tokens in (1, 7, 40, 300):
-        assert torch.equal(cpu.linear_with(isa, x[:tokens], *operands, None), whole[:tokens])
+        assert torch.equal(cpu.linear_with(isa, x[:tokens], *operands, None).view(torch.int16), whole[:tokens])
 
 
 @pytest.mark.parametrize("isa", isas())

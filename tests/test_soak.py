@@ -43,7 +43,7 @@ def test_growth_is_that_of_the_last_third_over_the_second():
 
 
 def test_a_server_that_stays_what_it_was_passes():
-    assert judged() == [True] * 6
+    assert judged() == [True] * 5
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,7 @@ def test_a_server_that_stays_what_it_was_passes():
         ({"malformed": {"no JSON": {"200 400": 1, "400 400": 2}}}, [1]),
         ({"malformed": {"no JSON": {"500 500": 1}}}, [2]),
         ({"plan": {"memory_bytes": [500, 900, 1000, 1000, 1011, 1012]}}, [3]),
-        ({"plan": {"memory_bytes": [500, 900, 1000, 1000, 1020, 1014]}}, [3, 4]),
-        ({"answers_equal": 15}, [5]),
+        ({"answers_equal": 15}, [4]),
     ],
 )
 def test_every_requirement_can_fail(changes, which):
@@ -67,4 +66,4 @@ def test_the_table_is_made_from_the_line_alone():
         console.print(part)
     text = console.export_text()
     assert "an unknown model" in text
-    assert "(+0.50%): yes" in text
+    assert "(+0.50%; in 16 bits +1.20%): yes" in text

@@ -119,8 +119,7 @@ def linear(
         bias: [sum N_i] in the dtype of x, or None.
 
     Returns:
-        [M, sum N_i] in the dtype of x. With VNNI a token that has an infinity is all NaN, and
-        fp16 may have up to 1.7 times the error of rounding the result (`lowbit.cpp`).
+        [M, sum N_i] in the dtype of x. With VNNI a token that has an infinity is all NaN.
     """
     if _library() is None:
         return _linear_planes(x, weights, scales, bits, sizes, group_size, bias)

@@ -20,14 +20,15 @@
 // weights are rounded then, 1.4 times the error, and a token's result depends on which side its batch is.)
 //
 // With VNNI, sums of a group are exact integers, but x is rounded first: to int16 in units of u, a power of two with
-// 2^14 u <= max |x| < 2^15 u over the token's group (u >= 2^-126: of a max |x| below 2^-112 bits are lost). For bf16,
-// of 8 bits itself, that is exact from max |x| / 2^7 on; what is smaller is off by u / 2 at most, 0.29 u RMS.
-//   Half of a group, zeros not counted, keeps 8 bits or more: where it would not, a second pass adds 15 bits, for bf16
-//   exact again. So x loses less than 0.29 / 2^8 = 1.1e-3 of its median, even if the weights of an outlier are 0 and
-//   only the others count.
+// 2^14 u <= max |x| < 2^15 u over the token's group. For bf16, of 8 bits itself, that is exact from max |x| / 2^7 on, for
+// fp16, of 11, from max |x| / 2^4 on; what is smaller is off by u / 2 at most, 0.29 u RMS.
+//   Where more than half of a group, zeros not counted, is below 2^8 u (fp16: 2^11 u), a second pass adds 15 bits. So x
+//   loses less than 0.29 / 2^8 = 1.1e-3 of its median (fp16: 1.4e-4), even if the weights of an outlier are 0 and only
+//   the others count. With the second pass bf16 is exact from max |x| / 2^22 on. (Below max |x| = 2^-97 there is none,
+//   and below 2^-112 u stays 2^-126.)
 //   Usually it is far less. The largest of a group is at most sqrt(128) times its RMS; with weights of one size the
 //   result is off by at most 0.29 * 2^-14 * 11.3 = 2e-4 of its RMS.
-//   Rounding the result is 1.1e-3 to 2.3e-3 in bf16, 1.4e-4 to 2.8e-4 in fp16 (which so has up to 1.7 times the error).
+//   Rounding the result, for comparison, is 1.1e-3 to 2.3e-3 in bf16, 1.4e-4 to 2.8e-4 in fp16.
 //
 // Few tokens: a code is unpacked into a register and multiplied with every token at once. Many: a group of a tile is
 // unpacked into the L1 cache and multiplied like a dense matrix.

@@ -177,7 +177,8 @@ struct XGroup {
 
 // Integers of x: its leading 16 bits, and 15 more for the tokens and groups that need them.
 constexpr int kPasses = 2;
-constexpr int kLeastBits = 8;  // that half of a group must have for the leading ones to do
+// In units, what half of a group must have for the leading ones to do: as many bits as the dtype has.
+constexpr int least(int x_dtype) { return x_dtype == kBfloat16 ? 1 << 8 : 1 << 11; }
 
 INLINE Lanes from_zero_points(const uint8_t* p, int middle) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -194,6 +195,8 @@ INLINE Floats without_zero(Lanes sum, Lanes zero, const XGroup& x) {
   return to_floats((Lanes)_mm512_sub_epi32((__m512i)sum, part));
 }
 INLINE Floats scaled(Floats sum, const XGroup& x) { return mul(sum, broadcast(x.scale)); }
+// In a later pass: a token that does without; its words there are whatever memory held.
+INLINE bool is_absent(const XGroup& x) { return x.scale == 0; }
 
 #else
 
@@ -259,6 +262,7 @@ INLINE Floats without_zero(Lanes sum, Lanes zero, const XGroup& x) {
 }
 INLINE Floats to_floats(Lanes sum) { return sum; }
 INLINE Floats scaled(Floats sum, const XGroup&) { return sum; }
+INLINE bool is_absent(const XGroup&) { return false; }
 
 #endif
 
@@ -299,6 +303,7 @@ INLINE void add_group(const Lanes (&sums)[NB][MB], const Group& group, const XGr
     const Lanes zero = has_zero ? load_words(group.zero + row) : no_lanes();
 #pragma GCC unroll 12
     for (int m = 0; m < MB; m++) {
+      if (is_absent(x[m])) continue;
       float* total = totals + m * kTile + row;
       const Floats sum = has_zero ? without_zero(sums[b][m], zero, x[m]) : to_floats(sums[b][m]);
       store(total, multiply_add(scale, scaled(sum, x[m]), load(total)));
@@ -342,11 +347,11 @@ INLINE void multiply_packed(const Unpack<BITS>& unpack, const uint8_t* weights, 
   add_group<MB, NB>(sums, group, x_groups, first, totals);
 }
 
-// How often a group is multiplied for `count` tokens. Those that would do with less have scale 0 in later passes.
+// How often a group is multiplied for `count` tokens.
 INLINE int passes_of(const Call& call, const XGroup* x, int64_t count) {
 #if LOWBIT_DOT
   for (int64_t m = 0; m < count; m++)
-    if (x[call.pass_groups() + m].scale != 0) return kPasses;
+    if (!is_absent(x[call.pass_groups() + m])) return kPasses;
 #endif
   return 1;
 }
@@ -542,15 +547,15 @@ TARGET void pack_x(const Call& call, int64_t token, uint8_t*) {
       values[i] = mul(values[i], inverse);
       const __mmask16 is_present = _mm512_cmp_ps_mask(values[i], zeros(), _CMP_NEQ_UQ);
       present += __builtin_popcount(is_present);
-      const Floats least = broadcast(1 << kLeastBits);
-      small += __builtin_popcount(_mm512_mask_cmp_ps_mask(is_present, _mm512_abs_ps(values[i]), least, _CMP_LT_OQ));
+      const Floats enough = broadcast(float(least(call.x_dtype)));
+      small += __builtin_popcount(_mm512_mask_cmp_ps_mask(is_present, _mm512_abs_ps(values[i]), enough, _CMP_LT_OQ));
     }
     pack_integers(call, values, unit, out, group);
     XGroup* rest = group + call.pass_groups();
     *rest = {};
     if (exponent == 255) {
       group->scale = __builtin_nanf("");
-    } else if (2 * small > present && unit > 15) {
+    } else if (2 * small > present && unit > 15) {  // or the unit of the rest were denormal
       for (int i = 0; i < count; i++) {
         const Floats leading = _mm512_roundscale_ps(values[i], _MM_FROUND_TO_NEAREST_INT);
         values[i] = mul(sub(values[i], leading), broadcast(1 << 15));
