@@ -197,7 +197,9 @@ def test_servers_get_their_share_their_cores_and_ports_of_loopback(model):
     assert endpoint.command[-2:] == tuple(
         f"{name}=http://127.0.0.1:{fleet.port + i}" for i, name in ((1, "a"), (2, "b"))
     )
+    assert (first.gives_way, endpoint.gives_way) == (True, False)
     on_gpu, *_ = services(fleet, memory.needs(fleet, GPU), GPU)
+    assert not on_gpu.gives_way
     assert on_gpu.command[-6:-4] == ("--gpu-memory-utilization", "0.3")
 
 
@@ -205,7 +207,7 @@ def fake_services(fleet, folder):
     program = folder / "fake_server.py"
     program.write_text(FAKE_SERVER)
     *servers, endpoint = addresses(fleet)
-    fakes = [Service(a, (sys.executable, str(program), a.task, str(a.port)), {}) for a in servers]
+    fakes = [Service(a, (sys.executable, str(program), a.task, str(a.port)), {}, gives_way=True) for a in servers]
     workers = [f"{a.task}={a.url}" for a in servers]
     front = (sys.executable, "-m", "taq_vllm.fleet.endpoint", fleet.host, str(fleet.port), *workers)
     return [*fakes, Service(endpoint, front, {})]
@@ -233,7 +235,7 @@ def running(tmp_path_factory):
     assert len(said) == len(addresses(fleet))
     yield fleet, folder
     local.down(folder)
-    assert not any(local._answers(address) for address in addresses(fleet))
+    assert not any(launcher.answers(address.url) for address in addresses(fleet))
 
 
 class TestRunning:
@@ -276,6 +278,16 @@ class TestRunning:
         assert set(found[:-1]) <= {500, 502, 503}
         assert ask(fleet, "a").status_code == 200
         assert {state.name: state.pid for state in local.status(folder, addresses(fleet))}["b-0"] != states["b-0"].pid
+
+    def test_servers_that_answer_give_way_to_those_that_start_and_the_endpoint_does_not(self, running):
+        fleet, folder = running
+        *servers, endpoint = (state.pid for state in local.status(folder, addresses(fleet)))
+        normal = psutil.Process().nice()
+        wait_for(lambda: {psutil.Process(pid).nice() for pid in servers} == {normal + 5})
+        assert psutil.Process(endpoint).nice() == normal
+        groups = {os.getpgid(pid) for pid in servers}
+        # Whoever lowered it has ended.
+        wait_for(lambda: not [p for p in psutil.pids() if p not in servers and os.getpgid(p) in groups])
 
     def test_one_of_two_replicas_answers_for_both_while_the_other_is_away(self, running):
         fleet, folder = running
@@ -325,7 +337,7 @@ def test_a_server_that_does_not_start_ends_the_others_and_shows_its_log(tmp_path
         local.up(tmp_path / "run", [first, broken, endpoint], None, print, timeout_s=60)
     with pytest.raises(ValueError, match="the fleet is not up"):
         local.status(tmp_path / "run", addresses(fleet))
-    assert not any(local._answers(address) for address in addresses(fleet))
+    assert not any(launcher.answers(address.url) for address in addresses(fleet))
 
 
 @pytest.mark.parametrize(("folder", "said"), [("100%", "cannot have %"), ("long" * 40, "shorter path")])

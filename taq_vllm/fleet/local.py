@@ -93,6 +93,7 @@ def up(
     folder.chmod(0o700)
     for service in services:
         content = {"command": service.command, "environment": dict(service.environment)}
+        content["gives_way_at"] = service.address.url if service.gives_way else None
         _file(folder, service.address).write_text(json.dumps(content, indent=2), encoding="utf-8")
     configuration = folder / "supervisord.conf"
     with configuration.open("w", encoding="utf-8") as file:
@@ -161,7 +162,9 @@ def status(folder: Path, addresses: Sequence[Address]) -> list[State]:
         info = found[address.name]
         is_running = info["pid"] != 0
         seconds = info["now"] - info["start"] if is_running else 0
-        states.append(State(address.name, info["statename"], info["pid"], seconds, is_running and _answers(address)))
+        states.append(
+            State(address.name, info["statename"], info["pid"], seconds, is_running and launcher.answers(address.url))
+        )
     return states
 
 
@@ -251,13 +254,6 @@ def _running(folder: Path) -> Any:
     if supervisor is None:
         raise ValueError(f"the fleet is not up ({folder}): start it with `taq fleet up`")
     return supervisor
-
-
-def _answers(address: Address) -> bool:
-    try:
-        return httpx.get(f"{address.url}/health", timeout=2, trust_env=False).is_success
-    except httpx.HTTPError:
-        return False
 
 
 def _router_sees_all(addresses: Sequence[Address]) -> bool:

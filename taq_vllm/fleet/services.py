@@ -46,11 +46,13 @@ class Service:
         address: where it listens.
         command: with its arguments.
         environment: variables on top of those of the process that starts it.
+        gives_way: once it answers, it lets those that still start have the cores first.
     """
 
     address: Address
     command: tuple[str, ...]
     environment: Mapping[str, str]
+    gives_way: bool = False
 
 
 def addresses(fleet: Fleet) -> list[Address]:
@@ -77,7 +79,8 @@ def services(fleet: Fleet, needs: Mapping[str, ServerMemory], device: Device) ->
         member = fleet.tasks[address.task]
         environment = _environment(member, address.replica, needs[address.task], device, fleet.servers)
         command = (*_serve(member, address.task, device), "--host", "127.0.0.1", "--port", str(address.port))
-        found.append(Service(address, command, environment))
+        # On a CPU servers share the cores, and those that serve would leave too little to one that starts again.
+        found.append(Service(address, command, environment, gives_way=device.kind == "cpu"))
     workers = [f"{address.task}={address.url}" for address in servers]
     command = (sys.executable, "-m", "taq_vllm.fleet.endpoint", fleet.host, str(fleet.port), *workers)
     return [*found, Service(endpoint, command, {})]
