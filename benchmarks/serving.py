@@ -15,6 +15,8 @@ On a CPU every engine computes with one thread per core of --cores. The client a
 other cores; llama.cpp's server is one process on the engine's cores, for its options do not bind its main thread. vLLM
 runs eagerly: compiling takes minutes per engine here, on which the loads would wait. `--model llama-8B` has the shapes
 of Llama-3.1-8B, for a GPU, where this has not been run. Where a step's time goes: `python -m benchmarks.decode`.
+
+Random weights make activations without outliers: the second pass that the CPU kernel has for them is not in the figures.
 """
 
 import argparse
