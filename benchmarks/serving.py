@@ -16,7 +16,7 @@ other cores; llama.cpp's server is one process on the engine's cores, for its op
 runs eagerly: compiling takes minutes per engine here, on which the loads would wait. `--model llama-8B` has the shapes
 of Llama-3.1-8B, for a GPU, where this has not been run. Where a step's time goes: `python -m benchmarks.decode`.
 
-Random weights make activations without outliers: the second pass that the CPU kernel has for them is not in the figures.
+Random weights make activations without outliers: the second pass that the CPU kernel has for those is not measured.
 """
 
 import argparse
@@ -504,7 +504,7 @@ def render(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
     where = f"{head['threads']} thread(s) per engine" if head["threads"] else "on the GPU"
     table = Table(
         title=f"servers of {head['model']['name']}, random weights; {head['processor']}; {head['device']}, {where}; "
-        f"commit {head['commit']}; medians"
+        f"preloaded: {', '.join(head['preloaded']) or 'nothing'}; commit {head['commit']}; medians"
     )
     table.add_column("")
     for name in taken:

@@ -31,7 +31,14 @@ def tokenizer(tmp_path_factory):
 
 
 def lines(speeds=SPEEDS):
-    settings = {"model": {"name": "m"}, "processor": "here", "device": "cpu", "threads": 1, "commit": "abc"}
+    settings = {
+        "model": {"name": "m"},
+        "processor": "here",
+        "preloaded": [],
+        "device": "cpu",
+        "threads": 1,
+        "commit": "abc",
+    }
     found = []
     for name, speed in speeds.items():
         taken = {"start_s": 50.0, "memory_bytes": 10**9, "bytes_per_token": BYTES[name]}
