@@ -140,7 +140,7 @@ class Load:
             command = [vllm, "bench", "serve", "--base-url", self.server.url, "--model", MODEL_NAME]
             command += ["--tokenizer", str(LAB / "model"), "--dataset-name", "random", "--seed", str(round_)]
             command += ["--random-input-len", "128", "--random-output-len", "64", "--random-range-ratio", "0.9"]
-            command += ["--num-prompts", "200", "--max-concurrency", "6", "--temperature", "0", "--disable-tqdm"]
+            command += ["--num-prompts", "600", "--max-concurrency", "6", "--temperature", "0", "--disable-tqdm"]
             command += ["--save-result", "--save-detailed", "--result-dir", str(out.parent)]
             command += ["--result-filename", out.name]
             with log.open("w") as stream:
