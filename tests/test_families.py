@@ -162,11 +162,14 @@ def test_quantized_experts_are_refused_by_name_where_vllm_has_no_kernel_for_them
         serve(tmp_path / "out")
 
 
-def test_vllm_loads_the_codes_of_quantized_experts_as_they_were_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
+def test_vllm_loads_the_codes_of_quantized_experts_as_they_were_written(bits, symmetric, tmp_path, monkeypatch):
     """As far as a CPU without their kernel can go: everything but the kernel's own repacking and the product."""
     model = make_family("Qwen3-30B-A3B", tmp_path / "model")
-    specialized(model, tmp_path / "out", pins=("re:.*experts.*=4",), symmetric={4: True})
+    pins = (f"re:.*experts.*={bits}",)
+    specialized(model, tmp_path / "out", f"{bits + 2}.5bits", pins=pins, symmetric={bits: symmetric})
     monkeypatch.setattr(CPUExpertsInt4, "_supports_current_device", staticmethod(lambda: True))
+    monkeypatch.setattr(CPUExpertsInt4, "_supports_quant_scheme", staticmethod(lambda *keys: True))
     monkeypatch.setattr(
         wna16_experts.CompressedTensorsWNA16MoEMethod, "process_weights_after_loading", lambda *arguments: None
     )
@@ -184,7 +187,7 @@ def test_vllm_loads_the_codes_of_quantized_experts_as_they_were_written(tmp_path
     for layer in range(2):
         prefix = f"model.layers.{layer}.mlp.experts"
         experts = modules[prefix].routed_experts
-        for kind in ("packed", "scale"):
+        for kind in ("packed", "scale") if symmetric else ("packed", "scale", "zero_point"):
             for index in range(8):
                 gate, up, down = (
                     files.read(f"{prefix}.{index}.{matrix}_proj.weight_{kind}") for matrix in ("gate", "up", "down")
