@@ -85,8 +85,7 @@ def decode_table(lines: list[Line]) -> str:
 
     table, profile, *sentences = render(lines)
     title = "**A decode step on a CPU** (`python -m benchmarks.decode`): "
-    holds = [f"- {sentence}" for sentence in sentences]
-    return "\n".join([title + _markdown(table), "", *holds, "", "Where the time goes: " + _markdown(profile)])
+    return "\n\n".join([title + _markdown(table), _bullets(sentences), "Where the time goes: " + _markdown(profile)])
 
 
 def serving_table(lines: list[Line]) -> str:
@@ -95,7 +94,7 @@ def serving_table(lines: list[Line]) -> str:
 
     table, *sentences = render(lines)
     title = "**Servers on a CPU** (`python -m benchmarks.serving`): "
-    return "\n".join([title + _markdown(table), "", *(f"- {sentence}" for sentence in sentences)])
+    return f"{title}{_markdown(table)}\n\n{_bullets(sentences)}"
 
 
 def kernels_table(lines: list[Line]) -> str:
@@ -125,7 +124,7 @@ def fleet_table(lines: list[Line]) -> str:
 
     table, *sentences = render(lines)
     title = "**One service for three tasks** (`python -m benchmarks.fleet`): "
-    return "\n".join([title + _markdown(table), "", *(f"- {sentence}" for sentence in sentences)])
+    return f"{title}{_markdown(table)}\n\n{_bullets(sentences)}"
 
 
 def soak_table(lines: list[Line]) -> str:
@@ -134,8 +133,7 @@ def soak_table(lines: list[Line]) -> str:
 
     load, malformed, *sentences = render(lines)
     title = "**Ten minutes of mixed load** (`python -m benchmarks.soak`): "
-    tables = [title + _markdown(load), "", _markdown(malformed), ""]
-    return "\n".join([*tables, *(f"- {sentence}" for sentence in sentences)])
+    return "\n\n".join([title + _markdown(load), _markdown(malformed), _bullets(sentences)])
 
 
 def large_table(lines: list[Line]) -> str:
@@ -234,17 +232,15 @@ def results() -> str:
             where = lines[0]
             versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if k != "vllm")
             preloaded = f"; preloaded: {', '.join(where['preloaded'])}" if where.get("preloaded") else ""
-            stamp = (
-                f"{where['processor']}, {where['cores']} cores{preloaded}; {versions}; commit {where['commit']}; "
-                f"`{name}`"
-            )
+            commits = ", ".join(dict.fromkeys(line["commit"] for line in lines if "commit" in line))
+            stamp = f"{where['processor']}, {where['cores']} cores{preloaded}; {versions}; commit {commits}; `{name}`"
             parts.append(f"{section(lines)}\n\n<sub>{stamp}</sub>")
     return "\n\n".join(parts)
 
 
 def summary() -> str:
     """What a reader of README.md wants to know first."""
-    from benchmarks import accuracy, accuracy_served, decode, large, quantizers, serving
+    from benchmarks import accuracy, accuracy_served, decode, fleet, large, quantizers, serving, soak
     from taq_vllm.methods import DEFAULT_EXAMPLES
 
     parts = []
@@ -259,11 +255,16 @@ def summary() -> str:
         parts.append("**Against llm-compressor's AWQ**, " + _markdown(accuracy_served.summary(lines)))
     if lines := read("serving-cpu-bf16.jsonl"):
         table, *sentences = serving.render(lines)
-        holds = "\n".join(f"- {sentence}" for sentence in sentences)
-        parts.append(f"**Servers on a CPU**, {_markdown(table)}\n\n{holds}")
+        parts.append(f"**Servers on a CPU**, {_markdown(table)}\n\n{_bullets(sentences)}")
     if lines := read("decode-cpu-bf16.jsonl"):
         shown = ("contender", "tokens/s, batch 1", "tokens/s, batch 8", "share of floor", "memory MB", "load s")
-        parts.append("**A decode step on a CPU**, without a server, " + _markdown(decode.render(lines)[0], shown))
+        table, profile, *_ = decode.render(lines)
+        parts.append("**A decode step on a CPU**, without a server, " + _markdown(table, shown))
+        parts.append("Where its time goes: " + _markdown(profile))
+    if lines := read("fleet-cpu.jsonl"):
+        parts.append("**One service for three tasks**\n\n" + _bullets(fleet.render(lines)[1:]))
+    if lines := read("soak-cpu.jsonl"):
+        parts.append("**Ten minutes of mixed load on one server**\n\n" + _bullets(soak.render(lines)[2:]))
     if lines := read("support-cpu.jsonl"):
         parts.append(support_table(lines))
     if lines := read("large-cpu.jsonl"):
@@ -276,6 +277,10 @@ def read(name: str) -> list[Line]:
     """Committed lines; none where the file is not there."""
     path = RESULTS / name
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _bullets(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def _variants(lines: list[Line]) -> str:

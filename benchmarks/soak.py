@@ -6,6 +6,9 @@ in the middle of an answer, and others send what no server should accept. Must h
 answered, malformed ones got from both servers the same status, memory did not grow, and the answers are those of the
 start, to the letter.
 
+With glibc's malloc (2.36) memory does grow, with either model: the heap of vLLM's worker fragments. vLLM's own wheels
+preload tcmalloc; where vLLM has none, preload it here (LD_PRELOAD; the line names it).
+
     python -m benchmarks.soak --out benchmarks/results/soak-cpu.jsonl
     python -m benchmarks.soak --table benchmarks/results/soak-cpu.jsonl
 """
