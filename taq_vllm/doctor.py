@@ -121,18 +121,7 @@ def _kernel() -> Finding:
         ]
         operands = ops.join(shards)
         x = torch.randn(4, _COLUMNS, generator=generator).bfloat16().to(device)
-        got = torch.ops.taq.linear(
-            x,
-            operands.weights,
-            operands.scales,
-            operands.zero_points,
-            list(operands.tables),
-            operands.launches,
-            operands.bits,
-            operands.sizes,
-            operands.group_size,
-            None,
-        ).float()
+        got = torch.ops.taq.linear(x, *vars(operands).values()).float()
         expected = x.float() @ torch.cat([q.dequantize() for q in rounded]).float().to(device).T
         error = float((got - expected).norm() / expected.norm())
     except Exception as error:  # whatever a compiler, a driver or a library has to say

@@ -29,7 +29,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from taq_vllm.allocate import Request
 from taq_vllm.checkpoint import Calibration, unpack
 from taq_vllm.model_files import ModelFiles
-from taq_vllm.plan import Plan
+from taq_vllm.plan import PLAN_FILE, Plan
 from taq_vllm.specialize import specialize
 from taq_vllm.tasks import load_task
 from taq_vllm.units import experts_of
@@ -76,12 +76,11 @@ def make_family(name, folder):
     return make_tiny(model_type, folder, num_hidden_layers=2, **settings)
 
 
-def specialized(model, out, budget="6.5bits", **settings):
+def specialized(model, out, budget="6.5bits", method="gptq", **settings):
     request = Request(budget, **settings)
     task = load_task(LAB_MODEL.parent / "tasks" / "trivia")
-    return specialize(
-        ModelFiles(model), task, out, request, Calibration(examples=16), scorer_settings={"max_examples": 8}
-    )
+    calibration = Calibration(method=method, examples=16)
+    return specialize(ModelFiles(model), task, out, request, calibration, scorer_settings={"max_examples": 8})
 
 
 def dequantized(folder, out):
@@ -151,6 +150,15 @@ def test_experts_of_a_block_have_one_bitwidth_and_stay_near_the_model_that_they_
     save_file(neighbours, tmp_path / "dequantized" / "model.safetensors", {"format": "pt"})
     wrong, _ = reference(tmp_path / "dequantized")
     assert differences.mean() < 0.25 * torch.cat([(a - b).abs() for a, b in zip(wrong, full, strict=True)]).mean()
+
+
+def test_a_plan_beside_a_16_bit_mixture_serves_as_its_checkpoint(tmp_path):
+    model = make_family("Qwen3-30B-A3B", tmp_path / "model")
+    found = specialized(model, tmp_path / "out", "14.2bits", "rtn", pins=("re:.*experts.*=16",))
+    found.plan.save(model / PLAN_FILE)
+    beside, written = (serve(folder, quantization="taq", dtype="float32") for folder in (model, tmp_path / "out"))
+    assert beside[0] == written[0]
+    assert all(torch.equal(a, b) for a, b in zip(beside[1], written[1], strict=True))
 
 
 def test_quantized_experts_are_refused_by_name_where_vllm_has_no_kernel_for_them(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from engines import engine, in_a_process
 from plans import make_plan, mixed
 from tiny_models import LAB_MODEL, make_tiny
-from vllm import SamplingParams
+from vllm import SamplingParams, __version__
 from vllm.platforms import current_platform
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -167,17 +167,24 @@ def test_sleep_is_what_the_platform_makes_of_it(checkpoint, plain):
 @pytest.mark.engine
 @pytest.mark.feature("pipeline parallel 2", "same texts")
 def test_two_stages_give_the_same_texts(checkpoint, plain, tmp_path):
-    if not torch.cuda.is_available():
-        pytest.skip("vLLM 0.32's CPU engine fails with two stages for any model (intermediate_tensors is None)")
-    if torch.cuda.device_count() < 2:
+    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    code = f"""
-        import json
-        from test_server_features import ask, lab_engine, texts
-        with lab_engine({str(checkpoint)!r}, pipeline_parallel_size=2) as llm:
-            open({str(tmp_path / "out.json")!r}, "w").write(json.dumps(texts(ask(llm))))
-    """
-    in_a_process(code, tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+
+    def serve_in_two_stages(model):
+        code = f"""
+            import json
+            from test_server_features import ask, lab_engine, texts
+            with lab_engine({str(model)!r}, pipeline_parallel_size=2) as llm:
+                open({str(tmp_path / "out.json")!r}, "w").write(json.dumps(texts(ask(llm))))
+        """
+        in_a_process(code, tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+
+    if not torch.cuda.is_available():
+        try:
+            serve_in_two_stages(LAB_MODEL)
+        except AssertionError:  # "intermediate_tensors" is None in 0.32
+            pytest.skip(f"vLLM {__version__} fails on a CPU with two stages of the 16-bit model too")
+    serve_in_two_stages(checkpoint)
     assert json.loads((tmp_path / "out.json").read_text()) == plain[0]
 
 

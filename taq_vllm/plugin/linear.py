@@ -420,8 +420,7 @@ class TaqLinearMethod(LinearMethodBase):
         """
         self.matrices = matrices_of(layer, self.specs, output_partition_sizes, input_size, input_size_per_partition)
         self.params_dtype = params_dtype
-        vllm_config = get_current_vllm_config_or_none()
-        self.is_dummy = vllm_config is not None and vllm_config.load_config.load_format == "dummy"
+        self.is_dummy = _loads_dummies()
         self.is_loading = True
         _register_routers(layer, ("weight", *_PACKED_TENSORS), params_dtype, self._load)
         for kind in ("weight", *_PACKED_TENSORS):
@@ -616,9 +615,7 @@ class Checks:
             )
             return
         self.matrices = matrices_of(layer, self.specs, output_partition_sizes, input_size, input_size_per_partition)
-        vllm_config = get_current_vllm_config_or_none()
-        is_dummy = vllm_config is not None and vllm_config.load_config.load_format == "dummy"
-        if not is_dummy:
+        if not _loads_dummies():
             self.missing.update(spec.name for spec in self.specs)
         load = extra_weight_attrs.pop("weight_loader")
 
@@ -673,6 +670,12 @@ class Checks:
 @register_weight_loader_v2_supported_method
 class CheckedUnquantizedMethod(Checks, UnquantizedLinearMethod):
     """A layer that stays at 16 bits: vLLM's own method, with the same checks as for the others if it is planned."""
+
+
+def _loads_dummies() -> bool:
+    """Whether no checkpoint is read: `--load-format dummy`."""
+    vllm_config = get_current_vllm_config_or_none()
+    return vllm_config is not None and vllm_config.load_config.load_format == "dummy"
 
 
 @contextmanager
