@@ -2,8 +2,9 @@
 
 Three plans of the lab model are served by `taq fleet up` with a key, by real vLLM servers behind the real router. Then,
 as a client sees it: every task's answers are those of its checkpoint served alone; an unknown model and a wrong key are
-refused as OpenAI does it; nothing listens beyond loopback; and while all tasks are under load one server is killed with
-SIGKILL: the others lose no request, its own clients get nothing but 5xx, and it answers again by itself.
+refused with OpenAI's status, and no path answers without the key; no process of the fleet listens beyond loopback; and
+while all tasks are under load one server is killed with SIGKILL: the others lose no request, its own clients get
+nothing but 5xx, and it answers again by itself.
 
     python -m benchmarks.fleet --out benchmarks/results/fleet-cpu.jsonl
     python -m benchmarks.fleet --table benchmarks/results/fleet-cpu.jsonl
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from benchmarks.measuring import print_and_exit
 LAB = Path(__file__).parent / "lab"
 TASKS = ("trivia", "math", "code")
 KILLED = "math"
+PATHS = ("GET /health", "GET /v1/models", "GET /workers", "POST /workers", "POST /v1/completions", "POST /invocations")
 KEY = "a-key-for-the-benchmark"
 MOST_DOWN_S = 60
 PROMPTS = 4
@@ -46,7 +48,8 @@ def make_fleet(work: Path) -> Path:
     from taq_vllm.model_files import ModelFiles
     from taq_vllm.scoring import baseline
 
-    files, share = ModelFiles(LAB / "model"), _SERVER_BYTES / this_device().total_bytes
+    smallest = min(memory.total_bytes for memory in this_device().memories.values())
+    files, share = ModelFiles(LAB / "model"), _SERVER_BYTES / smallest
     lines = ["version: 1", f"port: {_PORT}", "tasks:"]
     for task, edges in zip(TASKS, (0, 1, 2), strict=True):
         out = work / task
@@ -77,6 +80,29 @@ def ask(task: str, prompt: str, key: str = KEY) -> Any:
     headers = {"authorization": f"Bearer {key}"}
     url = f"http://127.0.0.1:{_PORT}/v1/completions"
     return httpx.post(url, json=body_of(task, prompt), headers=headers, timeout=60)
+
+
+def without_key() -> dict[str, int]:
+    """The status of a request without the key, by path."""
+    import httpx
+
+    body = body_of(TASKS[0], "x") | {"url": "http://127.0.0.1:1"}
+    found = {}
+    for path in PATHS:
+        method, where = path.split()
+        json_body = body if method == "POST" else None
+        found[path] = httpx.request(method, f"http://127.0.0.1:{_PORT}{where}", json=json_body, timeout=60).status_code
+    return found
+
+
+def listening(pids: Iterable[int]) -> list[Any]:
+    """Where these processes and all that they have started accept connections: addresses with `ip` and `port`."""
+    import psutil
+
+    roots = [psutil.Process(pid) for pid in pids]
+    processes = [process for root in roots for process in (root, *root.children(recursive=True))]
+    connections = [connection for process in processes for connection in process.net_connections("tcp")]
+    return [connection.laddr for connection in connections if connection.status == psutil.CONN_LISTEN]
 
 
 def served() -> dict[str, list[str]]:
@@ -145,8 +171,6 @@ async def load_and_kill(pid: int) -> dict[str, Any]:
 
 def measure(work: Path) -> dict[str, Any]:
     """The result line."""
-    import psutil
-
     from benchmarks.provenance import provenance
     from taq_vllm.fleet import local
     from taq_vllm.fleet.services import addresses
@@ -161,12 +185,10 @@ def measure(work: Path) -> dict[str, Any]:
     try:
         answers = served()
         unknown, unauthorized = ask("unknown", "x"), ask(TASKS[0], "x", key="wrong")
-        where, folder = addresses(load_fleet(file)), local.run_folder(file)
-        ports = {address.port for address in where}
-        listening = {
-            c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port in ports
-        }
-        pids = {state.name: state.pid for state in local.status(folder, where)}
+        refused = without_key()
+        states = local.status(local.run_folder(file), addresses(load_fleet(file)))
+        pids = {state.name: state.pid for state in states}
+        where = Counter(address.ip for address in listening(pids.values()))
         under_load = asyncio.run(load_and_kill(pids[f"{KILLED}-0"]))
         again = served()
     finally:
@@ -180,7 +202,8 @@ def measure(work: Path) -> dict[str, Any]:
         "answers": len(TASKS) * PROMPTS,
         "unknown_model": [unknown.status_code, unknown.json()["error"]["type"]],
         "wrong_key": unauthorized.status_code,
-        "listens_on": sorted(listening),
+        "without_key": refused,
+        "listens_on": dict(where),
         "killed": KILLED,
         **under_load,
         **provenance(),
@@ -196,7 +219,8 @@ def requirements(line: Mapping[str, Any]) -> dict[str, bool]:
         "also after a server was killed": line["answers_equal_after"] == line["answers"],
         "an unknown model is refused with 404, NotFoundError": line["unknown_model"] == [404, "NotFoundError"],
         "a wrong key is refused with 401": line["wrong_key"] == 401,
-        "nothing listens beyond loopback": line["listens_on"] == ["127.0.0.1"],
+        "no path answers without the key": set(line["without_key"].values()) == {401},
+        "nothing listens beyond loopback": set(line["listens_on"]) == {"127.0.0.1"},
         "other tasks lose no request": all(set(statuses) == {"200"} for statuses in others),
         "the killed one's clients get nothing but 200 and 5xx": all(status[0] in "25" for status in own),
         f"it is back within {MOST_DOWN_S} s": line["down_s"] is not None and line["down_s"] <= MOST_DOWN_S,

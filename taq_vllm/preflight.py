@@ -31,7 +31,7 @@ from taq_vllm.checkpoint import Calibration
 from taq_vllm.distributed import device_of, first, share, total, world
 from taq_vllm.model_files import ModelFiles, TensorInfo
 from taq_vllm.plan import Plan
-from taq_vllm.progress import duration
+from taq_vllm.progress import duration, gigabytes
 from taq_vllm.stream import HIDDEN_LIMIT_BYTES, StreamedModel
 from taq_vllm.tasks import Task
 from taq_vllm.units import HEAD, Granularity, layer_of, units_of
@@ -81,14 +81,14 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """For a person."""
-        parts = ", ".join(f"{name} {_gigabytes(size)}" for name, size in self.memory_bytes.items())
-        gpu = f"; GPU memory {_gigabytes(self.device_bytes)}" if self.device_bytes else ""
+        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in self.memory_bytes.items())
+        gpu = f"; GPU memory {gigabytes(self.device_bytes)}" if self.device_bytes else ""
         disks = [_disk("disk", self.disk_bytes, self.free_bytes, "output")]
         if self.spill_bytes:
             disks.append(_disk("spill folder's disk", self.spill_bytes, self.spill_free_bytes, "spill folder"))
         return [
-            f"reads {_gigabytes(self.read_bytes)} of weights ({self.block_runs} block runs)",
-            f"peak memory about {_gigabytes(self.peak_memory_bytes)} ({parts}){gpu}",
+            f"reads {gigabytes(self.read_bytes)} of weights ({self.block_runs} block runs)",
+            f"peak memory about {gigabytes(self.peak_memory_bytes)} ({parts}){gpu}",
             *disks,
             f"time about {duration(self.seconds)}, from {self.sampled_blocks} blocks in "
             f"{duration(self.sampled_seconds)}",
@@ -356,8 +356,4 @@ def _reset_peak() -> int:
 
 def _disk(name: str, needed: int, free: int, choice: str) -> str:
     enough = "" if needed <= free else f": NOT ENOUGH, free some space or choose another {choice}"
-    return f"{name} {_gigabytes(needed)}, {_gigabytes(free)} free{enough}"
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    return f"{name} {gigabytes(needed)}, {gigabytes(free)} free{enough}"

@@ -34,6 +34,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{hours:.1f} h"
 
 
+def gigabytes(size: float) -> str:
+    """Bytes as GB, few of them as MB."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
 @contextmanager
 def steps(description: str, total: int) -> Iterator["Steps"]:
     """A bar that the caller advances, for work whose steps have different costs."""

@@ -6,12 +6,12 @@ The servers here are small ones that answer as vLLM does, so that starting, kill
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import httpx
 import kubernetes_validate
@@ -20,21 +20,24 @@ import pytest
 import yaml
 from tiny_models import make_tiny
 
+from benchmarks.fleet import listening
 from taq_vllm.checkpoint import Calibration, quantize_model
 from taq_vllm.fleet import launcher, local, memory, render
-from taq_vllm.fleet.services import Service, addresses, services
+from taq_vllm.fleet.services import Service, addresses, bearer, services
 from taq_vllm.fleet.spec import Fleet, load_fleet
 from taq_vllm.model_files import ModelFiles
 from taq_vllm.plan import Plan
 
 GIB = 1 << 30
 KEY = "a-key-that-is-nowhere-else"
-CPU = memory.Device("cpu", "this machine", 24 * GIB, 18 * GIB, 4)
-GPU = memory.Device("cuda", "NVIDIA H200", 140 * GIB, 139 * GIB, 16)
+CPU = memory.Device("cpu", 4, {"memory": memory.Memory("this machine", 24 * GIB, 18 * GIB)}, ("memory",))
+GPUS = {number: memory.Memory(f"GPU {number} (NVIDIA H200)", 140 * GIB, 139 * GIB) for number in "0123"}
+GPU = memory.Device("cuda", 16, GPUS, tuple(GPUS))
 
-# Answers as vLLM does: health, the model's name in its answers, 404 for another name, 401 without the key.
+# Answers as vLLM does: health, the model's name in its answers, 404 for another name, 401 without the key under /v1
+# alone. An answer holds the request, a streamed one comes in pieces.
 FAKE_SERVER = """
-import os, sys, json
+import os, sys, json, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 task, port = sys.argv[1], int(sys.argv[2])
 key = os.environ.get("VLLM_API_KEY")
@@ -51,11 +54,21 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, {})
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        if key and self.headers.get("authorization") != f"Bearer {key}":
+        if self.path.startswith("/v1") and key and self.headers.get("authorization") != f"Bearer {key}":
             return self.send(401, {"error": "Unauthorized"})
         if asked["model"] != task:
             return self.send(404, {"error": {"type": "NotFoundError", "code": 404}})
-        self.send(200, {"model": task, "choices": [{"text": f"{task} {os.getpid()}"}]})
+        if asked.get("stream"):
+            return self.stream()
+        self.send(200, {"model": task, "choices": [{"text": f"{task} {os.getpid()}"}], "asked": asked})
+    def stream(self):
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.end_headers()
+        self.close_connection = True
+        for piece in ({"piece": 1}, {"piece": 2}, "[DONE]"):
+            self.wfile.write(f"data: {json.dumps(piece)}\\n\\n".encode())
+            time.sleep(0.5)
     def log_message(self, *arguments):
         pass
 ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
@@ -114,12 +127,32 @@ class TestSpec:
             ),
             (
                 {"tasks": {"a": {"checkpoint": "x", "memory": 0.5, "arguments": ["--max-model-len", "big"]}}},
-                "or 4K",
+                "or 25.6k",
             ),
             ({"tasks": {"a": {"checkpoint": "x", "memory": 1, "devices": ["0"], "arguments": ["-tp", "2"]}}}, "2 GPUs"),
             ({"tasks": {"endpoint": {"checkpoint": "x", "memory": 0.5}}}, "name it otherwise"),
             ({"host": "::1", "tasks": {"a": {"checkpoint": "x", "memory": 0.5}}}, "IPv4"),
-            ({"version": 2, "tasks": {"a": {"checkpoint": "x", "memory": 0.5}}}, "version: Input should be 1"),
+            ({"version": 2, "tasks": {"a": {"checkpoint": "x", "memory": 0.5}}}, "version: .*equal to 1"),
+            (
+                {"tasks": {"a": {"checkpoint": "x", "memory": 1, "devices": ["0"], "arguments": ["-dp", "2"]}}},
+                "2 GPUs",
+            ),
+            (
+                {"tasks": {"a": {"checkpoint": "x", "memory": 1, "environment": {"VLLM_API_KEY": "secret"}}}},
+                "environment: got VLLM_API_KEY: .* set it where `taq fleet up` is called",
+            ),
+            (
+                {"tasks": {"a": {"checkpoint": "x", "memory": 1, "environment": {"CUDA_VISIBLE_DEVICES": "1"}}}},
+                "got CUDA_VISIBLE_DEVICES: name the GPUs in `devices`",
+            ),
+            (
+                {"tasks": {"a": {"checkpoint": "x", "memory": 1, "arguments": ["--seed", True]}}},
+                r"arguments\.1: .*valid string, got True: put it in quotes",
+            ),
+            (
+                "tasks: {a: {checkpoint: x, memory: 0.5}, b: {checkpoint: x, memory: 0.5}, a: {memory: 0.5}}",
+                "'a' is there twice",
+            ),
             ({"port": 65535, "tasks": {"a": {"checkpoint": "x", "memory": 0.5}}}, "give a smaller"),
         ],
     )
@@ -140,6 +173,47 @@ class TestSpec:
         assert member.number("max-model-len") == 4000
         assert member.gpus == 2
         assert member.argument("seed") is None
+
+    @pytest.mark.parametrize(
+        "value", ["4096", "4k", "4K", "25.6k", "1M", "1.5m", "2g", "1G", "1.5K", "4096.5", "K", "1e3"]
+    )
+    def test_a_length_is_read_as_vllm_reads_it(self, value):
+        import argparse
+
+        from vllm.utils.argparse_utils import human_readable_int
+
+        task = {"checkpoint": "x", "memory": 0.5, "arguments": ["--max-model-len", value]}
+        try:
+            expected = human_readable_int(value)
+        except (ValueError, argparse.ArgumentTypeError):
+            with pytest.raises(ValueError, match="write a number"):
+                fleet_of(a=task)
+        else:
+            assert fleet_of(a=task).tasks["a"].number("max-model-len") == expected
+
+    def test_numbers_stay_as_they_are_written(self, tmp_path):
+        text = (
+            "{tasks: {a: {checkpoint: x, memory: 0.50, replicas: 1, devices: [0], environment: {OMP_NUM_THREADS: 04},"
+            " arguments: [--max-model-len, 4096, --revision, 1.10]}}}"
+        )
+        member = load_fleet(write(tmp_path, text)).tasks["a"]
+        assert member.arguments == ("--max-model-len", "4096", "--revision", "1.10")
+        assert (member.devices, member.environment) == (("0",), {"OMP_NUM_THREADS": "04"})
+        assert (member.memory, member.replicas) == (0.5, 1)
+
+    def test_copies_of_a_server_take_gpus_too(self):
+        arguments = ["-tp", "2", "-pp=2", "--data-parallel-size", "3", "-pcp", "2"]
+        member = fleet_of(a={"checkpoint": "x", "memory": 0.5, "arguments": arguments}).tasks["a"]
+        assert (member.gpus, member.shards) == (24, 4)
+
+
+def nvidia_smi(folder, lines, monkeypatch, code=0):
+    """One on the path that says this."""
+    (folder / "bin").mkdir()
+    said = "\n".join(lines)
+    (folder / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{said}\nEND\nexit {code}\n")
+    (folder / "bin" / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
 
 
 class TestMemory:
@@ -183,6 +257,59 @@ class TestMemory:
         fp8 = memory.needs(fleet_of(a=one | {"arguments": ["--kv-cache-dtype", "fp8"]}), GPU)["a"]
         assert fp8.token_bytes == whole.token_bytes // 2
 
+    def test_copies_of_a_server_hold_all_weights_each(self, model):
+        one = {"checkpoint": str(model), "memory": 0.8}
+        two = one | {"arguments": ["-dp", "2"]}
+        whole, copies = memory.needs(fleet_of(a=one), GPU)["a"], memory.needs(fleet_of(a=two), GPU)["a"]
+        assert (copies.weight_bytes, copies.token_bytes) == (whole.weight_bytes, whole.token_bytes)
+        with pytest.raises(ValueError, match=r"the fleet needs .* of GPU 1"):
+            memory.needs(fleet_of(a=two, b=one | {"devices": ["1"]}), GPU)
+        with pytest.raises(ValueError, match=r"runs on 5 GPUs, .* 4 can be seen"):
+            memory.needs(fleet_of(a=one | {"arguments": ["-dp", "5"]}), GPU)
+
+    def test_every_gpu_is_measured_by_itself(self, model, tmp_path, monkeypatch):
+        lines = ["0, GPU-a, NVIDIA H200, 140000, 1000", "1, GPU-b, NVIDIA GB10, [N/A], [N/A]"]
+        lines += ["3, GPU-d, NVIDIA H100, 80000, 79000"]
+        nvidia_smi(tmp_path, lines, monkeypatch)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        task = {"checkpoint": str(model), "memory": 0.5}
+        device = memory.this_device()
+        for devices in (["3"], ["GPU-d"]):
+            need = memory.needs(fleet_of(a=task | {"devices": devices}), device)["a"]
+            assert need.share_bytes == 40000 << 20
+        with pytest.raises(ValueError, match=r"of GPU 3 \(NVIDIA H100\): .* free are 82\.84 GB of 83\.89 GB"):
+            memory.needs(fleet_of(a=task | {"memory": 1, "devices": ["3"]}), device)
+        with pytest.raises(ValueError, match=r"of GPU 0 \(NVIDIA H200\): .* free are 1\.05 GB"):
+            memory.needs(fleet_of(a=task), device)
+        for absent in ("1", "2"):
+            with pytest.raises(ValueError, match=f"task a: .* no GPU '{absent}', but of 0, 3"):
+                memory.needs(fleet_of(a=task | {"devices": [absent]}), device)
+        # Who names no GPU takes the first of those that are visible.
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,0")
+        assert memory.needs(fleet_of(a=task), memory.this_device())["a"].share_bytes == 40000 << 20
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert memory.this_device().kind == "cpu"
+
+    def test_without_a_working_driver_it_is_this_machine(self, tmp_path, monkeypatch):
+        nvidia_smi(tmp_path, ["Failed to initialize NVML: Driver/library version mismatch"], monkeypatch, code=18)
+        device = memory.this_device()
+        assert (device.kind, list(device.memories)) == ("cpu", ["memory"])
+
+    @pytest.mark.parametrize(
+        ("field", "said"),
+        [("num_hidden_layers", "fleet cannot plan"), ("max_position_embeddings", "--max-model-len")],
+    )
+    def test_what_a_config_does_not_tell_is_named(self, model, tmp_path, field, said):
+        shutil.copytree(model, tmp_path / "model")
+        config = json.loads((model / "config.json").read_text())
+        del config[field]
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        task = {"checkpoint": str(tmp_path / "model"), "memory": 0.5}
+        with pytest.raises(ValueError, match=rf"task a: .*config\.json has no {field}: .*{said}"):
+            memory.needs(fleet_of(a=task), CPU)
+        if said == "--max-model-len":
+            memory.needs(fleet_of(a=task | {"arguments": ["--max-model-len", "256"]}), CPU)
+
 
 def test_servers_get_their_share_their_cores_and_ports_of_loopback(model):
     fleet = fleet_of(
@@ -193,6 +320,7 @@ def test_servers_get_their_share_their_cores_and_ports_of_loopback(model):
     text = " ".join(first.command)
     assert f"serve {model} --served-model-name a --seed 1 --host 127.0.0.1 --port {fleet.port + 1}" in text
     assert first.environment["VLLM_CPU_KVCACHE_SPACE"] == "5"
+    assert {first.environment["GLOO_SOCKET_IFNAME"], second.environment["NCCL_SOCKET_IFNAME"]} == {"lo"}
     assert (first.environment["OMP_NUM_THREADS"], second.environment["OMP_NUM_THREADS"]) == ("2", "7")
     assert endpoint.command[-2:] == tuple(
         f"{name}=http://127.0.0.1:{fleet.port + i}" for i, name in ((1, "a"), (2, "b"))
@@ -204,7 +332,7 @@ def test_servers_get_their_share_their_cores_and_ports_of_loopback(model):
 
 
 def fake_services(fleet, folder):
-    program = folder / "fake_server.py"
+    program = folder / "fake_vllm.py"
     program.write_text(FAKE_SERVER)
     *servers, endpoint = addresses(fleet)
     fakes = [Service(a, (sys.executable, str(program), a.task, str(a.port)), {}, gives_way=True) for a in servers]
@@ -213,10 +341,17 @@ def fake_services(fleet, folder):
     return [*fakes, Service(endpoint, front, {})]
 
 
-def ask(fleet, task, key=KEY):
-    headers = {"authorization": f"Bearer {key}"}
-    body = {"model": task, "prompt": "x"}
-    return httpx.post(f"http://127.0.0.1:{fleet.port}/v1/completions", json=body, headers=headers, timeout=20)
+def send(fleet, method, path, key=KEY, **request):
+    url = f"http://127.0.0.1:{fleet.port}{path}"
+    return httpx.request(method, url, headers=bearer(key), timeout=20, **request)
+
+
+def ask(fleet, task, key=KEY, path="/v1/completions", **fields):
+    return send(fleet, "POST", path, key, json={"model": task, "prompt": "x"} | fields)
+
+
+def healthy_servers(fleet):
+    return send(fleet, "GET", "/workers").json()["stats"]["healthy_workers"]
 
 
 def wait_for(condition, timeout_s=40):
@@ -255,19 +390,102 @@ class TestRunning:
         assert not any(KEY.encode() in file.read_bytes() for file in folder.iterdir() if file.is_file())
         states = local.status(folder, addresses(fleet))
         commands = [" ".join(psutil.Process(state.pid).cmdline()) for state in states]
-        assert "fake_server.py" in commands[0]
+        assert "fake_vllm.py" in commands[0]
         assert not any(KEY in command for command in commands)
 
     def test_the_endpoint_lists_the_tasks(self, running):
-        listed = httpx.get(f"http://127.0.0.1:{running[0].port}/v1/models").json()
+        listed = send(running[0], "GET", "/v1/models").json()
         assert sorted(listed["models"]) == ["a", "b"]
 
-    def test_everything_listens_on_loopback_alone(self, running):
-        lines = Path("/proc/net/tcp").read_text().splitlines()[1:] + Path("/proc/net/tcp6").read_text().splitlines()[1:]
-        open_to_all = {
-            int(line.split()[1].rpartition(":")[2], 16) for line in lines if line.split()[1].startswith("00000000")
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [
+            *(("GET", path) for path in ("/health", "/v1/models", "/workers", "/list_workers", "/metrics")),
+            *(("POST", path) for path in ("/v1/completions", "/v1/responses", "/invocations", "/tokenize")),
+            *(("POST", path) for path in ("/workers", "/add_worker?url=x", "/remove_worker?url=x", "/anything")),
+            ("DELETE", "/workers/x"),
+        ],
+    )
+    def test_every_path_of_the_endpoint_asks_for_the_key(self, running, method, path):
+        fleet, _ = running
+        body = {"json": {"model": "a", "prompt": "x", "url": "http://127.0.0.1:1"}} if method == "POST" else {}
+        for key in (None, "wrong"):
+            assert send(fleet, method, path, key, **body).status_code == 401
+        if not path.startswith(("/add", "/remove", "/workers")):
+            assert send(fleet, method, path, **body).status_code == 200
+        assert healthy_servers(fleet) == fleet.servers
+
+    def test_the_key_is_right_also_when_it_is_used_first_while_all_servers_are_away(self, running):
+        fleet, folder = running
+        servers = [address.name for address in addresses(fleet) if address.task]
+        supervisor = local._running(folder)
+        for name in servers:
+            supervisor.stopProcess(name)
+        supervisor.stopProcess("endpoint")
+        supervisor.startProcess("endpoint", False)
+        wait_for(lambda: launcher.answers(addresses(fleet)[-1].url))
+        wait_for(lambda: ask(fleet, "a").status_code == 503)
+        for name in servers:
+            supervisor.startProcess(name, False)
+        wait_for(lambda: ask(fleet, "a").status_code == ask(fleet, "b").status_code == 200)
+
+    def test_what_is_asked_arrives_also_what_only_vllm_knows(self, running):
+        fields = {
+            "structured_outputs": {"regex": "a+"},
+            "repetition_penalty": 1.1,
+            "top_k": 5,
+            "logit_bias": {"1": 2},
+            "vllm_xargs": {"a": 1},
+            "unheard_of": [1, {"x": None}],
         }
-        assert not open_to_all & {address.port for address in addresses(running[0])}
+        asked = ask(running[0], "a", max_tokens=3, **fields).json()["asked"]
+        assert asked.items() >= (fields | {"prompt": "x", "max_tokens": 3}).items()
+        chat = {
+            "messages": [
+                {"role": "system", "content": "Be short."},
+                {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+                {"role": "assistant", "content": "yes", "reasoning_content": "why"},
+            ],
+            "chat_template_kwargs": {"enable_thinking": False},
+            "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}},
+        }
+        asked = ask(running[0], "a", path="/v1/chat/completions", **chat, **fields).json()["asked"]
+        reasoning = chat["messages"][2].pop("reasoning_content")
+        chat["messages"][2]["reasoning"] = reasoning
+        assert asked.items() >= (chat | fields).items()
+
+    @pytest.mark.parametrize(
+        "refused",
+        [
+            {"tools": [{"type": "function", "function": {"name": "f"}}]},
+            {"response_format": {"type": "structural_tag"}},
+            {"logprobs": None},
+            {"max_tokens": -1},
+        ],
+    )
+    def test_what_the_router_does_not_take_is_refused_and_not_changed(self, running, refused):
+        messages = [{"role": "user", "content": "x"}]
+        answer = ask(running[0], "a", path="/v1/chat/completions", messages=messages, **refused)
+        assert answer.status_code == 422
+
+    def test_a_streamed_answer_comes_in_pieces(self, running):
+        url = f"http://127.0.0.1:{running[0].port}/v1/completions"
+        body = {"model": "a", "prompt": "x", "stream": True}
+        with httpx.stream("POST", url, json=body, headers=bearer(KEY)) as answer:
+            pieces = [(time.monotonic(), piece) for piece in answer.iter_text()]
+        assert [piece for _, piece in pieces] == [
+            'data: {"piece": 1}\n\n',
+            'data: {"piece": 2}\n\n',
+            'data: "[DONE]"\n\n',
+        ]
+        assert pieces[-1][0] - pieces[0][0] > 0.5
+
+    def test_everything_listens_on_loopback_alone(self, running):
+        fleet, folder = running
+        leaders = [state.pid for state in local.status(folder, addresses(fleet))]
+        found = listening(leaders)
+        assert {address.port for address in addresses(fleet)} <= {where.port for where in found}
+        assert {where.ip for where in found} == {"127.0.0.1"}
 
     def test_a_killed_server_is_an_error_for_its_clients_alone_and_comes_back(self, running):
         fleet, folder = running
@@ -278,6 +496,17 @@ class TestRunning:
         assert set(found[:-1]) <= {500, 502, 503}
         assert ask(fleet, "a").status_code == 200
         assert {state.name: state.pid for state in local.status(folder, addresses(fleet))}["b-0"] != states["b-0"].pid
+
+    def test_a_server_that_ends_again_and_again_is_still_started_again(self, running):
+        fleet, folder = running
+        killed = set()
+        while len(killed) < 6:
+            (pid,) = (state.pid for state in local.status(folder, addresses(fleet)) if state.name == "b-0")
+            if pid and pid not in killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+            time.sleep(0.1)
+        wait_for(lambda: ask(fleet, "b").status_code == 200)
 
     def test_servers_that_answer_give_way_to_those_that_start_and_the_endpoint_does_not(self, running):
         fleet, folder = running
@@ -292,17 +521,13 @@ class TestRunning:
     def test_one_of_two_replicas_answers_for_both_while_the_other_is_away(self, running):
         fleet, folder = running
         local._running(folder).stopProcess("a-1")
-
-        def healthy():
-            return httpx.get(f"http://127.0.0.1:{fleet.port}/workers").json()["stats"]["healthy_workers"]
-
         # The router's health check has to notice first.
-        wait_for(lambda: healthy() == fleet.servers - 1)
+        wait_for(lambda: healthy_servers(fleet) == fleet.servers - 1)
         answers = [ask(fleet, "a") for _ in range(10)]
         assert [answer.status_code for answer in answers] == [200] * 10
         assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1
         local._running(folder).startProcess("a-1")
-        wait_for(lambda: healthy() == fleet.servers)
+        wait_for(lambda: healthy_servers(fleet) == fleet.servers)
 
     @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
     def test_an_ended_endpoint_comes_back_and_knows_the_servers(self, running, sign):
@@ -356,22 +581,68 @@ def test_a_taken_port_is_named(tmp_path):
             local.up(tmp_path / "run", fake_services(fleet, tmp_path), None, print)
 
 
+def test_without_a_key_none_is_asked_for_and_a_killed_supervisor_leaves_nothing_that_cannot_be_ended(tmp_path):
+    fleet, folder = fleet_of(a={"checkpoint": "x", "memory": 0.1}), tmp_path / "run"
+    said = []
+    for _ in range(2):
+        local.up(folder, fake_services(fleet, tmp_path), None, said.append, timeout_s=60)
+        assert ask(fleet, "a", key=None).status_code == 200
+        assert send(fleet, "GET", "/workers", key=None).status_code == 200
+        supervisor = psutil.Process(local._running(folder).getPID())
+        processes = supervisor.children(recursive=True)
+        supervisor.kill()
+        supervisor.wait()
+        assert launcher.answers(addresses(fleet)[0].url)
+    # The second time it is `up` that has ended them.
+    assert sum(text.startswith("ended what an earlier fleet has left: ") for text in said) == 1
+    local.down(folder)
+    wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes))
+    with pytest.raises(ValueError, match="the fleet is not up"):
+        local.down(folder)
+
+
+def test_a_key_that_no_request_can_bring_is_refused(tmp_path):
+    fleet = fleet_of(a={"checkpoint": "x", "memory": 0.1})
+    with pytest.raises(ValueError, match="got a key with a space"):
+        local.up(tmp_path / "run", fake_services(fleet, tmp_path), "key\n", print)
+
+
+def test_the_endpoint_uses_no_proxy(tmp_path, monkeypatch):
+    fleet = fleet_of(a={"checkpoint": "x", "memory": 0.1})
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    local.up(tmp_path / "run", fake_services(fleet, tmp_path), KEY, print, timeout_s=60)
+    monkeypatch.undo()
+    try:
+        assert ask(fleet, "a").status_code == 200
+    finally:
+        local.down(tmp_path / "run")
+
+
 def test_a_new_server_ends_what_a_killed_one_has_left(tmp_path):
     engine = [sys.executable, "-c", "import time; time.sleep(600)  # as vllm's"]
-    code = f"import subprocess, time; subprocess.Popen({engine!r}); time.sleep(600)"
+    record = launcher.record_of(tmp_path / "a-0.json")
+    code = (
+        "import pathlib, subprocess, time; from taq_vllm.fleet import launcher\n"
+        f"launcher.write_record(pathlib.Path({str(record)!r})); subprocess.Popen({engine!r}); time.sleep(600)"
+    )
     leader = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     other = subprocess.Popen(engine, start_new_session=True)
-    record = launcher.record_of(tmp_path / "a-0.json")
-    record.write_text(json.dumps([leader.pid, 5.0]))
-    time.sleep(1)
+    wait_for(lambda: psutil.Process(leader.pid).children())
+    group, session, life = json.loads(record.read_text())
     leader.kill()
     leader.wait()
-    assert launcher.end_leftovers(record, 6.0) == []  # of another supervisor
-    assert len(launcher.end_leftovers(record, 5.0)) == 1
-    assert launcher.end_leftovers(record, 5.0) == []
-    record.write_text(json.dumps([os.getpgrp(), 5.0]))
-    assert launcher.end_leftovers(record, 5.0) == []
-    assert launcher.end_leftovers(tmp_path / "none", 5.0) == []
+    for another in (
+        [group, session, "of another boot"],
+        [group, session + 1, life],
+        [os.getpgrp(), os.getsid(0), life],
+    ):
+        record.write_text(json.dumps(another))
+        assert launcher.end_leftovers(record) == []
+    record.write_text(json.dumps([group, session, life]))
+    assert len(launcher.end_leftovers(record)) == 1
+    assert launcher.end_leftovers(record) == []
+    assert launcher.end_leftovers(tmp_path / "none") == []
     assert other.poll() is None
     other.kill()
 
@@ -380,7 +651,7 @@ class TestRender:
     def test_kubernetes_manifests_are_valid(self, model):
         fleet = fleet_of(
             trivia={"checkpoint": str(model), "memory": 0.3, "replicas": 2, "environment": {"A": "b"}},
-            code={"checkpoint": "org/model", "memory": 0.3, "arguments": ["--tensor-parallel-size", "2"]},
+            code={"checkpoint": "org/model", "memory": 0.3, "arguments": ["-tp", "2", "-dp", "2"]},
         )
         documents = list(yaml.safe_load_all(render.kubernetes(fleet, "me/taq:1", "models")))
         for document in documents:
@@ -389,7 +660,7 @@ class TestRender:
         trivia, code, router = (d["spec"]["template"]["spec"]["containers"][0] for d in documents[::2])
         assert trivia["command"][2] == "/models/trivia"
         assert code["command"][2] == "org/model"
-        assert code["resources"]["limits"]["nvidia.com/gpu"] == "2"
+        assert code["resources"]["limits"]["nvidia.com/gpu"] == "4"
         assert router["command"][-2:] == ["trivia=http://trivia:8000", "code=http://code:8000"]
 
     def test_a_folder_needs_a_volume_and_a_name_has_to_suit_a_service(self, model):
@@ -401,17 +672,65 @@ class TestRender:
     def test_vllm_takes_the_engine_arguments_of_the_ray_configuration(self, model):
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        arguments = ["--max-model-len", "64", "--enforce-eager", "-tp", "2", "--no-enable-prefix-caching", "--seed=3"]
-        fleet = fleet_of(a={"checkpoint": str(model), "memory": 0.3, "arguments": arguments})
-        (application,) = yaml.safe_load(render.ray_serve(fleet))["applications"]
-        (config,) = application["args"]["llm_configs"]
-        found = AsyncEngineArgs(model=config["model_loading_config"]["model_source"], **config["engine_kwargs"])
-        assert (found.max_model_len, found.enforce_eager, found.enable_prefix_caching, found.seed) == (
-            64,
-            True,
-            False,
-            3,
+        config = ray_config(model, RAY_ARGUMENTS)
+        assert config["engine_kwargs"] == {
+            "max_model_len": 4096,
+            "enforce_eager": True,
+            "tensor_parallel_size": 2,
+            "enable_prefix_caching": False,
+            "seed": 3,
+            "revision": "1.10",
+            "compilation_config": {"mode": 3},
+            "hf_overrides": {"a": 1},
+            "enable_auto_tool_choice": True,
+            "tool_call_parser": "hermes",
+        }
+        engine = {
+            k: v for k, v in config["engine_kwargs"].items() if k not in ("enable_auto_tool_choice", "tool_call_parser")
+        }
+        found = AsyncEngineArgs(model=config["model_loading_config"]["model_source"], **engine)
+        assert (found.max_model_len, found.compilation_config.mode) == (4096, 3)
+
+    def test_ray_takes_its_configuration(self, model):
+        ray_llm = pytest.importorskip("ray.serve.llm", reason="Ray Serve LLM is not installed")
+        from ray.serve.schema import ServeDeploySchema
+
+        fleet = fleet_of(
+            a={"checkpoint": str(model), "memory": 0.3, "arguments": RAY_ARGUMENTS, "environment": {"A": "b"}}
         )
+        schema = ServeDeploySchema.model_validate(yaml.safe_load(render.ray_serve(fleet)))
+        (config,) = schema.applications[0].args["llm_configs"]
+        engine = ray_llm.LLMConfig.model_validate(config).get_engine_config()
+        assert engine.frontend_kwargs == {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+        assert engine.num_devices == 2
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--headless"], "unrecognized arguments: --headless"),
+            (["64"], "unrecognized arguments: 64"),
+            (["--tensor-parallel-size", "two"], "invalid int value: 'two'|write a number"),
+            (["--lora-modules", "a=b"], "plain values: .*LoRA"),
+            (["-dp", "2"], "give `replicas` instead"),
+        ],
+    )
+    def test_what_ray_cannot_take_is_refused_by_name(self, model, arguments, said):
+        with pytest.raises(ValueError, match=said):
+            ray_config(model, arguments)
+
+
+RAY_ARGUMENTS = [
+    *("--max-model-len", "4K", "--enforce-eager", "-tp", "2", "--no-enable-prefix-caching", "--seed=3"),
+    *("--revision", "1.10", "--compilation-config.mode", "3", "--hf_overrides", '{"a": 1}'),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+]
+
+
+def ray_config(model, arguments):
+    fleet = fleet_of(a={"checkpoint": str(model), "memory": 0.3, "arguments": arguments})
+    (application,) = yaml.safe_load(render.ray_serve(fleet))["applications"]
+    (config,) = application["args"]["llm_configs"]
+    return config
 
 
 def test_a_dry_run_prints_what_fits_and_starts_nothing(model, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """`taq fleet`: one specialised model per task, as one service."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +25,10 @@ def up(
         str | None,
         typer.Option(envvar="VLLM_API_KEY", help="Asked of every request; better given in VLLM_API_KEY."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option(help="Print what fits into memory and start nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(help="Print what fits into memory and start nothing. Models of the hub are downloaded for it."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Start one vLLM server per task, and one OpenAI-compatible endpoint in front."""
@@ -37,10 +41,10 @@ def up(
     if not as_json:
         _print_needs(needs)
     if not dry_run:
-        if not fleet.is_local:
+        if not (fleet.is_local or api_key):
             out.print(
-                f"{fleet.host}: whoever reaches this port can also register servers with the router, which asks for no "
-                "key there. Let only a proxy through that passes /v1",
+                f"{fleet.host}: whoever reaches this port can ask the models, and register servers of his own with the "
+                "router: give a key in VLLM_API_KEY",
                 style="yellow",
             )
         say = (lambda text: None) if as_json else (lambda text: out.print(text, highlight=False))
@@ -103,6 +107,7 @@ def render(
 
     fleet = load_fleet(fleet_file)
     if target == "ray":
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # vLLM's own is where the result goes
         typer.echo(renderers.ray_serve(fleet), nl=False)
     elif target == "k8s" and image:
         typer.echo(renderers.kubernetes(fleet, image, volume_claim), nl=False)

@@ -7,9 +7,10 @@ answers there, or null. (A server that starts needs half a minute of processor t
 ones that took two minutes. Starting it with a higher priority would take a privilege.)
 
 vLLM's engine and worker processes go on when their API server is killed,
-and keep their memory. They stay in its process group, which is written down in RUN_FOLDER/NAME.group, with the start of
-the supervisor that began it: after a restart of the machine the same numbers belong to others. (Their environment would
-tell nothing: they overwrite it with their titles.)
+and keep their memory. They stay in its process group and in the supervisor's session, and both numbers are written down
+in RUN_FOLDER/NAME.group. Neither is given away again as long as a process has it; after a restart of the machine or
+container the same numbers belong to others, so that the record says in which of its lives they held. (Their environment
+would tell nothing: they overwrite it with their titles.)
 """
 
 import json
@@ -30,26 +31,29 @@ def record_of(service_file: Path) -> Path:
     return service_file.with_suffix(".group")
 
 
-def end_leftovers(record: Path, supervisor_started: float) -> list[int]:
-    """End vLLM's processes in the group that the file names.
+def write_record(record: Path) -> None:
+    """Write down the group of this process."""
+    record.write_text(json.dumps([os.getpgrp(), os.getsid(0), _life()]))
 
-    Args:
-        record: of a service.
-        supervisor_started: seconds since 1970; a record of another supervisor counts for nothing.
+
+def end_leftovers(record: Path) -> list[int]:
+    """End vLLM's processes in the group that the file names.
 
     Returns:
         Their process ids.
     """
     try:
-        group, started = json.loads(record.read_text())
+        group, session, life = json.loads(record.read_text())
     except (FileNotFoundError, ValueError):  # the first process in this place, or a file cut off by a kill
         return []
-    if started != supervisor_started or group == os.getpgrp():
+    if life != _life() or group == os.getpgrp():
         return []
     leftovers = []
     for process in psutil.process_iter():
         try:
-            if os.getpgid(process.pid) == group and "vllm" in " ".join(process.cmdline()).lower():
+            ids = (os.getpgid(process.pid), os.getsid(process.pid))
+            # Python's own helpers in the group are left alone: they free shared memory, and end by themselves.
+            if ids == (group, session) and "vllm" in " ".join(process.cmdline()).lower():
                 process.kill()
                 leftovers.append(process)
         except (ProcessLookupError, psutil.NoSuchProcess, psutil.AccessDenied):
@@ -58,10 +62,18 @@ def end_leftovers(record: Path, supervisor_started: float) -> list[int]:
     return [process.pid for process in leftovers]
 
 
+def _life() -> str:
+    """Of this machine or container: differs after every restart of it."""
+    boot, first = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), Path("/proc/1/stat")
+    # When process 1 started, in ticks since the machine did. Some machines show nobody the processes of others.
+    return f"{boot} {first.read_text().rpartition(')')[2].split()[19] if os.access(first, os.R_OK) else ''}"
+
+
 def answers(url: str) -> bool:
-    """Whether the server there is healthy."""
+    """Whether the server there is healthy; the endpoint that asks for a key is, and is asked without one."""
     try:
-        return httpx.get(f"{url}/health", timeout=2, trust_env=False).is_success
+        answer = httpx.get(f"{url}/health", timeout=2, trust_env=False)
+        return answer.is_success or answer.status_code == httpx.codes.UNAUTHORIZED
     except httpx.HTTPError:
         return False
 
@@ -88,10 +100,9 @@ def give_way_at(url: str) -> None:
 def main(service_file: Path) -> None:
     """Clean up, write the record, and become the service."""
     service = json.loads(service_file.read_text())
-    started = psutil.Process(os.getppid()).create_time()
-    if ended := end_leftovers(record_of(service_file), started):
+    if ended := end_leftovers(record_of(service_file)):
         print(f"ended what an earlier process has left: {', '.join(map(str, ended))}", flush=True)
-    record_of(service_file).write_text(json.dumps([os.getpgrp(), started]))
+    write_record(record_of(service_file))
     if service["gives_way_at"]:
         give_way_at(service["gives_way_at"])
     os.execve(service["command"][0], service["command"], os.environ | service["environment"])

@@ -3,14 +3,16 @@
 `up` writes supervisor's configuration into a folder beside `fleet.yaml` (`fleet.run/`, with every process's command and
 log), starts it in the background, and then the servers, one after another: vLLM measures what is free when it starts,
 and others that start with it would falsify that. `status` and `down` talk to supervisor through a socket in that folder
-that only this user can open. The key for the API, if there is one, is passed on in the processes' environment
-(`VLLM_API_KEY`), in no file and no argument.
+that only this user can open. What a killed supervisor has left is ended by `down`, and by the next `up`. The key for
+the API, if there is one, is passed on in the processes' environment (`VLLM_API_KEY`), in no file and no argument.
 """
 
 import configparser
 import contextlib
+import importlib.util
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -26,15 +28,15 @@ import httpx
 import psutil
 
 from taq_vllm.fleet import launcher
-from taq_vllm.fleet.endpoint import ROUTER
-from taq_vllm.fleet.services import Address, Service
-from taq_vllm.fleet.spec import ENDPOINT
+from taq_vllm.fleet.services import Address, Service, bearer
+from taq_vllm.fleet.spec import ENDPOINT, KEY_VARIABLE
 
-KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own
 START_TIMEOUT_S = 1800
 STOP_TIMEOUT_S = 120
 _STABLE_S = 20  # a process that ends sooner has failed to start
-_RETRIES = 3
+# supervisor waits a second longer before each retry and then gives up for good, where `up` fails at the first: what
+# keeps a server from starting may pass, as a full disk or a GPU that is busy.
+_RETRIES = 1_000_000
 _POLL_S = 1.0
 _LOG_TAIL_BYTES = 3000
 _LONGEST_SOCKET = 100  # of a Unix socket's path
@@ -81,12 +83,17 @@ def up(
         timeout_s: until all have to.
 
     Raises:
-        ValueError: it is up already, a port is taken, or a process does not start: with the end of its log.
+        ValueError: it is up already, a port is taken, a key cannot be, or a process does not start: with the end of
+            its log.
     """
-    if not ROUTER.is_file():
-        raise ValueError(f"no {ROUTER}: install what a fleet needs, `pip install 'taq-vllm[fleet]'`")
+    if importlib.util.find_spec("vllm_router") is None:
+        raise ValueError("no vllm-router: install what a fleet needs, `pip install 'taq-vllm[fleet]'`")
+    if api_key and not re.fullmatch(r"[!-~]+", api_key):
+        raise ValueError("got a key with a space, a line end or a letter beyond ASCII, which no request can bring")
     if _supervisor(folder) is not None:
         raise ValueError(f"the fleet is up already ({folder}): see `taq fleet status`, or end it with `taq fleet down`")
+    if ended := _end_leftovers(folder):
+        say(f"ended what an earlier fleet has left: {', '.join(map(str, ended))}")
     addresses = [service.address for service in services]
     _check_ports(addresses)
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +121,7 @@ def up(
     try:
         for address in addresses:
             _start(folder, address, deadline, say)
-        while not _router_sees_all(addresses):
+        while not _router_sees_all(addresses, bearer(api_key)):
             if time.monotonic() > deadline:
                 raise ValueError(f"the router does not find all servers in time; see the logs in {folder}")
             time.sleep(_POLL_S)
@@ -172,10 +179,11 @@ def down(folder: Path) -> None:
     """End all processes, also what killed ones have left, and wait until they have ended.
 
     Raises:
-        ValueError: the fleet is not up, or does not end.
+        ValueError: the fleet is not up and has left nothing, or does not end.
     """
+    if _supervisor(folder) is None and _end_leftovers(folder):
+        return
     supervisor = psutil.Process(_running(folder).getPID())
-    started = supervisor.create_time()
     _running(folder).shutdown()
     deadline = time.monotonic() + STOP_TIMEOUT_S
     # A process that has ended stays as a zombie where nobody waits for it, as in some containers.
@@ -183,9 +191,16 @@ def down(folder: Path) -> None:
         if time.monotonic() > deadline:
             raise ValueError(f"supervisor (pid {supervisor.pid}) does not end; see {folder / 'supervisord.log'}")
         time.sleep(0.2)
+    _end_leftovers(folder)
+
+
+def _end_leftovers(folder: Path) -> list[int]:
+    """End what the services have left where no supervisor runs; their process ids."""
+    ended = []
     for record in folder.glob("*.group"):
-        launcher.end_leftovers(record, started)
+        ended += launcher.end_leftovers(record)
         record.unlink()
+    return ended
 
 
 def _configuration(folder: Path, addresses: Sequence[Address]) -> configparser.RawConfigParser:
@@ -256,11 +271,11 @@ def _running(folder: Path) -> Any:
     return supervisor
 
 
-def _router_sees_all(addresses: Sequence[Address]) -> bool:
+def _router_sees_all(addresses: Sequence[Address], headers: dict[str, str]) -> bool:
     """Whether the router, which asks for their health now and then, sends requests to all servers."""
     *servers, endpoint = addresses
     try:
-        answer = httpx.get(f"{endpoint.url}/workers", timeout=5, trust_env=False).raise_for_status()
+        answer = httpx.get(f"{endpoint.url}/workers", headers=headers, timeout=5, trust_env=False).raise_for_status()
     except httpx.HTTPError:
         return False
     return answer.json()["stats"]["healthy_workers"] == len(servers)

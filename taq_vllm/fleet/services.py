@@ -55,6 +55,11 @@ class Service:
     gives_way: bool = False
 
 
+def bearer(key: str | None) -> dict[str, str]:
+    """The headers of a request that brings the key; none without one."""
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
 def addresses(fleet: Fleet) -> list[Address]:
     """Of all processes, the endpoint last. The servers' ports follow the endpoint's."""
     replicas = [(name, replica) for name, member in fleet.tasks.items() for replica in range(member.replicas)]
@@ -100,11 +105,13 @@ def _serve(member: TaskServers, task: str, device: Device) -> tuple[str, ...]:
 
 
 def _environment(member: TaskServers, replica: int, need: ServerMemory, device: Device, servers: int) -> dict[str, str]:
+    # A server's own processes talk to each other through ports too, on the address of the machine's name if not told.
+    ours = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     if device.kind == "cuda":
-        ours = {"CUDA_VISIBLE_DEVICES": member.devices[replica]} if member.devices else {}
+        ours |= {"CUDA_VISIBLE_DEVICES": member.devices[replica]} if member.devices else {}
     else:
         # Servers share the cores: each would bind its threads to the same ones.
-        ours = {
+        ours |= {
             "VLLM_CPU_KVCACHE_SPACE": str(need.cache_bytes // GIB),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(max(1, device.cores // servers)),

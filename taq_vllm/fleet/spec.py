@@ -10,11 +10,12 @@ tasks:
     checkpoint: out/code
     memory: 0.3
     replicas: 2
-    arguments: [--max-model-len, "4096"]   # of `vllm serve`
+    arguments: [--max-model-len, 4096]     # of `vllm serve`
 """
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -26,9 +27,23 @@ TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9
 ENDPOINT = "endpoint"
 """The name of the process in front, which no task can have."""
 
+KEY_VARIABLE = "VLLM_API_KEY"
+"""vLLM's own, for the key that a request has to bring."""
+
 _OURS = ("host", "port", "served-model-name", "model", "api-key", "gpu-memory-utilization", "uds")
-_SHORT = {"tp": "tensor-parallel-size", "pp": "pipeline-parallel-size", "dp": "data-parallel-size", "q": "quantization"}
-_MULTIPLES = {"k": 10**3, "m": 10**6, "K": 1 << 10, "M": 1 << 20}
+_OUR_VARIABLES = {
+    KEY_VARIABLE: "files would hold the key: set it where `taq fleet up` is called, or in the cluster's Secret",
+    "CUDA_VISIBLE_DEVICES": "name the GPUs in `devices`",
+}
+_SHORT = {
+    "tp": "tensor-parallel-size",
+    "pp": "pipeline-parallel-size",
+    "dp": "data-parallel-size",
+    "pcp": "prefill-context-parallel-size",
+    "q": "quantization",
+}
+_MULTIPLES = {unit: 1000**power for power, unit in enumerate("kmgt", 1)}
+_MULTIPLES |= {unit: 1024**power for power, unit in enumerate("KMGT", 1)}
 
 
 def option_name(argument: str) -> str | None:
@@ -65,14 +80,23 @@ class TaskServers(Record):
                 raise ValueError(f"got {argument}, which the fleet sets itself: leave it out")
         return arguments
 
+    @field_validator("environment")
+    @classmethod
+    def _not_our_variables(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name in environment:
+            if name in _OUR_VARIABLES:
+                raise ValueError(f"got {name}: {_OUR_VARIABLES[name]}")
+        return environment
+
     @model_validator(mode="after")
     def _devices_for_all(self) -> "TaskServers":
         if self.devices and len(self.devices) != self.replicas:
             raise ValueError(f"got {len(self.devices)} devices for {self.replicas} replicas; give one for each")
         self.number("max-model-len")
+        gpus = self.gpus
         for devices in self.devices:
-            if len(devices.split(",")) != self.gpus:
-                raise ValueError(f"got devices {devices!r} for a server on {self.gpus} GPUs; name each, as '0,1'")
+            if len(devices.split(",")) != gpus:
+                raise ValueError(f"got devices {devices!r} for a server on {gpus} GPUs; name each, as '0,1'")
         return self
 
     def argument(self, name: str) -> str | None:
@@ -84,29 +108,37 @@ class TaskServers(Record):
         return None
 
     def number(self, name: str) -> int | None:
-        """The same as a number, `4k` as 4000 and `4K` as 4096; None also for `auto`.
+        """The same as a number, as vLLM reads it: `25.6k` is 25600 and `4K` 4096; None also for `auto`.
 
         Raises:
             ValueError: it is none.
         """
         value = self.argument(name)
-        if value is None or value in ("auto", "-1"):
+        if value is None or value.lower() in ("auto", "-1"):
             return None
-        digits, multiple = (value[:-1], _MULTIPLES[value[-1]]) if value[-1:] in _MULTIPLES else (value, 1)
-        if not digits.isdecimal():
-            raise ValueError(f"got --{name} {value}; write a number, as 4096 or 4K")
-        return int(digits) * multiple
+        # Decimals of powers of two are refused by vLLM too.
+        found = re.fullmatch(r"(\d+|\d+\.\d+(?=[kmgt]))([kmgtKMGT]?)", value)
+        if not found:
+            raise ValueError(f"got --{name} {value}; write a number, as 4096, 4K or 25.6k")
+        digits, unit = found.groups()
+        return int(float(digits) * _MULTIPLES[unit]) if unit else int(digits)
+
+    @property
+    def shards(self) -> int:
+        """GPUs that one server's weights and KV cache are divided among."""
+        return (self.number("tensor-parallel-size") or 1) * (self.number("pipeline-parallel-size") or 1)
 
     @property
     def gpus(self) -> int:
-        """That one server runs on."""
-        return (self.number("tensor-parallel-size") or 1) * (self.number("pipeline-parallel-size") or 1)
+        """That one server runs on; those beyond `shards` hold copies."""
+        copies = self.number("data-parallel-size") or 1, self.number("prefill-context-parallel-size") or 1
+        return self.shards * copies[0] * copies[1]
 
 
 class Fleet(Record):
     """All tasks, and the endpoint in front of them."""
 
-    version: Literal[1] = 1
+    version: int = Field(default=1, ge=1, le=1)
     """Of the file's format; may be left out."""
     host: str = "127.0.0.1"
     """Where the endpoint listens; the servers behind it are always on loopback."""
@@ -143,17 +175,36 @@ class Fleet(Record):
         return self.local_host == "127.0.0.1" and self.host != "0.0.0.0"
 
 
+class _Loader(yaml.SafeLoader):
+    """Leaves numbers as they are written (`--revision, 1.10`), and takes no key twice, where YAML's has the last."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":bool", ":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = []
+        for key, _ in node.value:
+            if key.value in names:
+                raise yaml.composer.ComposerError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            names.append(key.value)
+        return node
+
+
 def load_fleet(path: str | Path) -> Fleet:
     """Read `fleet.yaml`; checkpoints that are folders become absolute.
 
     Raises:
-        ValueError: no such file, not YAML, an unknown or missing field, or a value that is not allowed.
+        ValueError: no such file, not YAML, a key that is there twice, an unknown or missing field, or a value that is
+            not allowed.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no fleet at {path}: write one, as\n{__doc__.partition(chr(10) * 2)[2]}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     try:
@@ -161,6 +212,7 @@ def load_fleet(path: str | Path) -> Fleet:
     except ValidationError as error:
         lines = [
             f"  {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg'].removeprefix('Value error, ')}"
+            + (f", got {item['input']}: put it in quotes" if item["type"] == "string_type" else "")
             for item in error.errors()[:5]
         ]
         raise ValueError(f"{path} is not a valid fleet:\n" + "\n".join(lines)) from error
