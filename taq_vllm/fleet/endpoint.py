@@ -34,7 +34,7 @@ from types import FrameType
 import httpx
 
 from taq_vllm.fleet import router as routing
-from taq_vllm.fleet.services import bearer
+from taq_vllm.fleet.services import bearer, check_key
 from taq_vllm.fleet.spec import KEY_VARIABLE
 
 _HEALTH_INTERVAL_S = 2
@@ -58,9 +58,15 @@ def main(arguments: list[str]) -> int:
 
     Returns:
         The router's exit code.
+
+    Raises:
+        ValueError: no request can bring the key.
     """
     host, port, *workers = arguments
     key = os.environ.get(KEY_VARIABLE)
+    check_key(key)
+    if not key and host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"no {KEY_VARIABLE}: whoever reaches {host}:{port} can ask the models and register servers", flush=True)
     check = _answer_for_keys(key) if key else routing.NO_CHECK
     # A proxy is for what lies outside: the router would send the servers' requests there, and the key.
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
@@ -94,17 +100,22 @@ def _answer_for_keys(key: str) -> str:
             self.send_header("content-length", "0")
             self.end_headers()
 
+        timeout = 10  # seconds, for one who connects and asks nothing
+
         def log_message(self, *arguments: object) -> None:
             """Nothing: requests are the router's to log."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Check)
+    class Checks(ThreadingHTTPServer):
+        request_queue_size = 1024  # a connection that is turned away is a key that was refused
+
+    server = Checks(("127.0.0.1", 0), Check)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_address[1]}"
 
 
 def _register(url: str, workers: list[str], router: subprocess.Popen[bytes], headers: dict[str, str]) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
-    with httpx.Client(base_url=url, headers=headers, trust_env=False) as client:
+    with httpx.Client(base_url=url, headers=headers, timeout=_START_TIMEOUT_S, trust_env=False) as client:
         while True:
             try:
                 client.get("/health").raise_for_status()

@@ -6,11 +6,11 @@ The file holds `command`, `environment`, and `gives_way_at`: the URL of a server
 answers there, or null. (A server that starts needs half a minute of processor time before it does anything; beside busy
 ones that took two minutes. Starting it with a higher priority would take a privilege.)
 
-vLLM's engine and worker processes go on when their API server is killed,
-and keep their memory. They stay in its process group and in the supervisor's session, and both numbers are written down
-in RUN_FOLDER/NAME.group. Neither is given away again as long as a process has it; after a restart of the machine or
-container the same numbers belong to others, so that the record says in which of its lives they held. (Their environment
-would tell nothing: they overwrite it with their titles.)
+vLLM's engine and worker processes go on when their API server is killed, and keep their memory. They stay in its
+process group and in the supervisor's session, and both numbers are written down in RUN_FOLDER/NAME.group. Neither is
+given away again as long as a process has it; after a restart of the machine or container the same numbers belong to
+others, so that the record says in which of its lives they held. (Their environment would tell nothing: they overwrite
+it with their titles.)
 """
 
 import json
@@ -36,24 +36,32 @@ def write_record(record: Path) -> None:
     record.write_text(json.dumps([os.getpgrp(), os.getsid(0), _life()]))
 
 
+def read_record(record: Path) -> tuple[int, int] | None:
+    """Process group and session; None where there is no record, or one of another life of this machine."""
+    try:
+        group, session, life = json.loads(record.read_text())
+    except (FileNotFoundError, ValueError, TypeError):  # the first process in this place, or a file cut off by a kill
+        return None
+    return (group, session) if life == _life() else None
+
+
 def end_leftovers(record: Path) -> list[int]:
-    """End vLLM's processes in the group that the file names.
+    """End the processes in the group that the file names.
 
     Returns:
         Their process ids.
     """
-    try:
-        group, session, life = json.loads(record.read_text())
-    except (FileNotFoundError, ValueError):  # the first process in this place, or a file cut off by a kill
-        return []
-    if life != _life() or group == os.getpgrp():
+    named = read_record(record)
+    if named is None or named[0] == os.getpgrp():
         return []
     leftovers = []
     for process in psutil.process_iter():
         try:
             ids = (os.getpgid(process.pid), os.getsid(process.pid))
-            # Python's own helpers in the group are left alone: they free shared memory, and end by themselves.
-            if ids == (group, session) and "vllm" in " ".join(process.cmdline()).lower():
+            if ids != named or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            # Python's own helper in the group is left alone: it frees shared memory, and ends by itself.
+            if "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):
                 process.kill()
                 leftovers.append(process)
         except (ProcessLookupError, psutil.NoSuchProcess, psutil.AccessDenied):

@@ -12,7 +12,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
 import shlex
 import socket
 import subprocess
@@ -28,7 +27,7 @@ import httpx
 import psutil
 
 from taq_vllm.fleet import launcher
-from taq_vllm.fleet.services import Address, Service, bearer
+from taq_vllm.fleet.services import Address, Service, bearer, check_key
 from taq_vllm.fleet.spec import ENDPOINT, KEY_VARIABLE
 
 START_TIMEOUT_S = 1800
@@ -88,8 +87,7 @@ def up(
     """
     if importlib.util.find_spec("vllm_router") is None:
         raise ValueError("no vllm-router: install what a fleet needs, `pip install 'taq-vllm[fleet]'`")
-    if api_key and not re.fullmatch(r"[!-~]+", api_key):
-        raise ValueError("got a key with a space, a line end or a letter beyond ASCII, which no request can bring")
+    check_key(api_key)
     if _supervisor(folder) is not None:
         raise ValueError(f"the fleet is up already ({folder}): see `taq fleet status`, or end it with `taq fleet down`")
     if ended := _end_leftovers(folder):
@@ -179,7 +177,7 @@ def down(folder: Path) -> None:
     """End all processes, also what killed ones have left, and wait until they have ended.
 
     Raises:
-        ValueError: the fleet is not up and has left nothing, or does not end.
+        ValueError: the fleet is not up and has left nothing, is ending already, or does not end.
     """
     if _supervisor(folder) is None and _end_leftovers(folder):
         return
@@ -195,12 +193,31 @@ def down(folder: Path) -> None:
 
 
 def _end_leftovers(folder: Path) -> list[int]:
-    """End what the services have left where no supervisor runs; their process ids."""
+    """End what the services have left where no supervisor runs; their process ids.
+
+    Raises:
+        ValueError: their supervisor does run, and does not answer.
+    """
     ended = []
     for record in folder.glob("*.group"):
+        if (named := launcher.read_record(record)) is None:
+            continue  # perhaps another machine's, which sees the same folder
+        if _is_supervisor(pid := named[1]):
+            raise ValueError(
+                f"the fleet's supervisor (pid {pid}) runs and does not answer, as while it ends: try again in a "
+                f"minute; if it still does not, end it with `kill -9 {pid}`"
+            )
         ended += launcher.end_leftovers(record)
         record.unlink()
     return ended
+
+
+def _is_supervisor(pid: int) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return "supervisord" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _configuration(folder: Path, addresses: Sequence[Address]) -> configparser.RawConfigParser:

@@ -158,7 +158,7 @@ def needs(fleet: Fleet, device: Device) -> dict[str, ServerMemory]:
         name: _need(name, member, device.kind, min(memory.total_bytes for server in places[name] for memory in server))
         for name, member in fleet.tasks.items()
     }
-    _check_together(found, places)
+    _check_together(fleet, device.kind, found, places)
     return found
 
 
@@ -202,7 +202,9 @@ def _need(name: str, member: TaskServers, kind: str, total: int) -> ServerMemory
     return need
 
 
-def _check_together(found: Mapping[str, ServerMemory], places: Mapping[str, list[list[Memory]]]) -> None:
+def _check_together(
+    fleet: Fleet, kind: str, found: Mapping[str, ServerMemory], places: Mapping[str, list[list[Memory]]]
+) -> None:
     """Every GPU has to hold its part of the servers that are put on it; a CPU holds everything."""
     loads: dict[Memory, Counter[str]] = {}
     for name, servers in places.items():
@@ -210,9 +212,14 @@ def _check_together(found: Mapping[str, ServerMemory], places: Mapping[str, list
             for memory in server:
                 loads.setdefault(memory, Counter())[name] += 1
     for memory, servers_of in loads.items():
-        load = sum(count * found[name].server_bytes for name, count in servers_of.items())
+        # Of a GPU a server takes its share, whatever the others have; on a CPU what it needs.
+        sizes = {
+            name: found[name].server_bytes if kind == "cpu" else int(fleet.tasks[name].memory * memory.total_bytes)
+            for name in servers_of
+        }
+        load = sum(count * sizes[name] for name, count in servers_of.items())
         if load > memory.free_bytes:
-            parts = ", ".join(f"{n} x {name} {gigabytes(found[name].server_bytes)}" for name, n in servers_of.items())
+            parts = ", ".join(f"{count} x {name} {gigabytes(sizes[name])}" for name, count in servers_of.items())
             raise ValueError(
                 f"the fleet needs {gigabytes(load)} of {memory.name}: {parts}; free are "
                 f"{gigabytes(memory.free_bytes)} of {gigabytes(memory.total_bytes)}. Give smaller shares or fewer "

@@ -2,14 +2,13 @@
 
 Kubernetes: per task a Deployment and a Service, and the same endpoint as on one machine in front of them. The image has
 to hold vLLM and this project; checkpoints that are folders here lie in a volume, mounted at `/models`, under the names
-of their tasks. A replica has its GPUs for itself, so shares of a device's memory do not come into it; a key for the API
-is read from the Secret `taq-fleet`, key `api-key`, if it exists.
-
-Without a key whoever reaches the endpoint can register servers with its router: let a NetworkPolicy keep others away.
+of their tasks. A replica has its GPUs for itself, so shares of a device's memory do not come into it. The key for the
+API is `api-key` of the Secret `taq-fleet`. vLLM leaves some paths open all the same (`/invocations`): a NetworkPolicy
+lets only the endpoint reach the servers, where the cluster's network knows such policies.
 
 Ray: one application of `ray.serve.llm:build_openai_app` with every task as a model, for `serve deploy`. vLLM's own
 parser reads the arguments, so that vLLM has to be installed where this is written. Ray's own classes took what is
-written here (2.60); it has not been run. It asks for no key.
+written here (2.60, tried by hand); it has not been run. It asks for no key.
 """
 
 import json
@@ -26,6 +25,7 @@ from taq_vllm.fleet.spec import ENDPOINT, KEY_VARIABLE, Fleet, TaskServers
 MODELS = "/models"
 _PORT = 8000
 _SECRET = "taq-fleet"
+_NAME, _PART_OF = "app.kubernetes.io/name", {"app.kubernetes.io/part-of": "taq-fleet"}
 
 
 class _Plain(yaml.SafeDumper):
@@ -35,18 +35,21 @@ class _Plain(yaml.SafeDumper):
         return True
 
 
-def kubernetes(fleet: Fleet, image: str, volume_claim: str | None) -> str:
+def kubernetes(fleet: Fleet, image: str, volume_claim: str | None, has_key: bool = True) -> str:
     """Manifests for `kubectl apply`, as YAML documents.
 
     Args:
         fleet: what to serve.
         image: of a container with vLLM and this project.
         volume_claim: PersistentVolumeClaim with the checkpoints.
+        has_key: requests have to bring the Secret's key; without it, whoever reaches the endpoint can ask the models,
+            and register servers with its router.
 
     Raises:
         ValueError: a checkpoint is a folder and there is no claim, or a task's name is no name of a Service.
     """
     documents: list[dict[str, Any]] = []
+    key = [_key()] if has_key else []
     for task, member in fleet.tasks.items():
         if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", task):
             raise ValueError(
@@ -57,7 +60,7 @@ def kubernetes(fleet: Fleet, image: str, volume_claim: str | None) -> str:
             "name": "vllm",
             "image": image,
             "command": [*command, *serve_arguments(member), "--host", "0.0.0.0", "--port", str(_PORT)],
-            "env": [_key(), *({"name": k, "value": v} for k, v in member.environment.items())],
+            "env": [*key, *({"name": k, "value": v} for k, v in member.environment.items())],
             "resources": {"limits": {"nvidia.com/gpu": str(member.gpus)}},
             # Loading a large model takes long; once it answers, it has to go on doing so.
             "startupProbe": {**_probe(), "periodSeconds": 10, "failureThreshold": 180},
@@ -75,11 +78,11 @@ def kubernetes(fleet: Fleet, image: str, volume_claim: str | None) -> str:
         "name": "router",
         "image": image,
         "command": ["python3", "-m", "taq_vllm.fleet.endpoint", "0.0.0.0", str(_PORT), *workers],
-        "env": [_key()],
+        "env": key,
         # Not its health, for which it asks for the key too.
         "readinessProbe": {"tcpSocket": {"port": _PORT}, "periodSeconds": 5},
     }
-    documents += [_deployment(ENDPOINT, 1, container, []), _service(ENDPOINT)]
+    documents += [_deployment(ENDPOINT, 1, container, []), _service(ENDPOINT), _servers_for_the_endpoint_alone()]
     return yaml.dump_all(documents, Dumper=_Plain, sort_keys=False)
 
 
@@ -157,7 +160,7 @@ def _checkpoint(task: str, member: TaskServers, volume_claim: str | None) -> str
 
 
 def _deployment(name: str, replicas: int, container: dict[str, Any], volumes: list[dict[str, Any]]) -> dict[str, Any]:
-    labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/part-of": "taq-fleet"}
+    labels = {_NAME: name, **_PART_OF}
     container = {**container, "ports": [{"containerPort": _PORT}]}
     # A Service named vllm would set VLLM_PORT, which means something else to vLLM.
     pod = {"enableServiceLinks": False, "containers": [container], **({"volumes": volumes} if volumes else {})}
@@ -177,8 +180,19 @@ def _service(name: str) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": {"name": name, "labels": {"app.kubernetes.io/part-of": "taq-fleet"}},
-        "spec": {"selector": {"app.kubernetes.io/name": name}, "ports": [{"port": _PORT, "targetPort": _PORT}]},
+        "metadata": {"name": name, "labels": _PART_OF},
+        "spec": {"selector": {_NAME: name}, "ports": [{"port": _PORT, "targetPort": _PORT}]},
+    }
+
+
+def _servers_for_the_endpoint_alone() -> dict[str, Any]:
+    servers = {"matchLabels": _PART_OF, "matchExpressions": [{"key": _NAME, "operator": "NotIn", "values": [ENDPOINT]}]}
+    endpoint = {"podSelector": {"matchLabels": {_NAME: ENDPOINT, **_PART_OF}}}
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": "taq-fleet", "labels": _PART_OF},
+        "spec": {"podSelector": servers, "policyTypes": ["Ingress"], "ingress": [{"from": [endpoint]}]},
     }
 
 
@@ -187,5 +201,5 @@ def _probe() -> dict[str, Any]:
 
 
 def _key() -> dict[str, Any]:
-    source = {"secretKeyRef": {"name": _SECRET, "key": "api-key", "optional": True}}
+    source = {"secretKeyRef": {"name": _SECRET, "key": "api-key"}}
     return {"name": KEY_VARIABLE, "valueFrom": source}

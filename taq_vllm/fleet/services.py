@@ -1,5 +1,6 @@
 """The processes of a fleet on one machine: a `vllm serve` per replica on loopback, and the endpoint in front."""
 
+import re
 import sys
 import sysconfig
 from collections.abc import Mapping
@@ -53,6 +54,19 @@ class Service:
     command: tuple[str, ...]
     environment: Mapping[str, str]
     gives_way: bool = False
+
+
+def check_key(key: str | None) -> None:
+    """Refuse a key that no request can bring.
+
+    Raises:
+        ValueError: it has a space, a line end, or a letter beyond ASCII.
+    """
+    if key and not re.fullmatch(r"[!-~]+", key):
+        raise ValueError(
+            "the key has a space, a line end or a letter beyond ASCII, and no request can bring it; files and `echo` "
+            "often end with a line end (`printf %s KEY` does not)"
+        )
 
 
 def bearer(key: str | None) -> dict[str, str]:

@@ -212,7 +212,7 @@ def load_fleet(path: str | Path) -> Fleet:
     except ValidationError as error:
         lines = [
             f"  {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg'].removeprefix('Value error, ')}"
-            + (f", got {item['input']}: put it in quotes" if item["type"] == "string_type" else "")
+            + (f", got {item['input']}: put it in quotes" if isinstance(item["input"], bool) else "")
             for item in error.errors()[:5]
         ]
         raise ValueError(f"{path} is not a valid fleet:\n" + "\n".join(lines)) from error
