@@ -339,6 +339,10 @@ def test_servers_get_their_share_their_cores_and_ports_of_loopback(model):
     on_gpu, *_ = services(fleet, memory.needs(fleet, GPU), GPU)
     assert not on_gpu.gives_way
     assert on_gpu.command[-6:-4] == ("--gpu-memory-utilization", "0.3")
+    assert "CUDA_VISIBLE_DEVICES" not in on_gpu.environment
+    fleet = fleet_of(a={"checkpoint": str(model), "memory": 0.3, "devices": ["1"]})
+    on_second, _ = services(fleet, memory.needs(fleet, GPU), GPU)
+    assert on_second.environment.items() >= {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}.items()
 
 
 def fake_services(fleet, folder):

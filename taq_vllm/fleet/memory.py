@@ -4,8 +4,7 @@ A server may take its share of the device. Of that, weights take what the plan s
 without one), and the engine's processes `ENGINE_BYTES`; the rest becomes KV cache. A share too small for one request
 of the longest length is an error here, and so are shares that do not fit together.
 
-GPUs go by the number that nvidia-smi gives them. CUDA counts in the same order if they are all of one kind, else with
-CUDA_DEVICE_ORDER=PCI_BUS_ID.
+GPUs go by the number that nvidia-smi gives them, and servers are told to count in the same order.
 """
 
 import csv

@@ -122,6 +122,7 @@ def _environment(member: TaskServers, replica: int, need: ServerMemory, device: 
     # A server's own processes talk to each other through ports too, on the address of the machine's name if not told.
     ours = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     if device.kind == "cuda":
+        ours["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # numbers GPUs as nvidia-smi does
         ours |= {"CUDA_VISIBLE_DEVICES": member.devices[replica]} if member.devices else {}
     else:
         # Servers share the cores: each would bind its threads to the same ones.
