@@ -13,6 +13,9 @@ get their default (`"ignore_eos": false`); a message's `reasoning_content` becom
 take gets 422 from it, where vLLM has 400; among them are some that vLLM takes: no `prompt` beside `prompt_embeds`, a
 tool without `parameters`, a `response_format` of type `structural_tag`, `"logprobs": null` of a chat.
 
+Of other paths (`/v1/responses`, `/tokenize`) it is drawn when it starts whether it forwards them or answers 503: it
+holds a second router, without servers, and asks the one that comes first.
+
 With a key in VLLM_API_KEY every path asks for it, also the router's administration, `/health`, and those that vLLM
 leaves open (`/invocations`, `/tokenize`); else 401, as a line of text. Without a key every path is open.
 
